@@ -1,0 +1,504 @@
+//! A local source: a regular file, a block device, or memory.
+//!
+//! A request is served on its own thread as long as that does not wait: memory always, the page cache
+//! where `RWF_NOWAIT` finds the data there. Only what would block goes to the thread's ring or to the pool.
+//!
+//! With direct I/O (`--direct`) the file is open twice. Requests that are aligned use the O_DIRECT
+//! descriptor; the others, and those that touch a last partial block, use the page cache and write it out
+//! before they end. The two may not overlap in one block, or the cache could write older neighbours over a
+//! direct write: a [`RangeLock`] keeps them apart.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::range_lock::RangeLock;
+use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
+use crate::io::Io;
+use crate::{pool, sys};
+
+/// From this length on, in bytes, a copy from or to memory is worth more than a hop to another thread, so
+/// that large requests use every CPU.
+const HOP_LEN: usize = 256 << 10;
+/// Zeroes are written in pieces of this length, in bytes.
+const ZEROES_LEN: usize = 256 << 10;
+/// One byte far behind any data stands for "exported writable". Other programs' locks are elsewhere:
+/// qemu's tools lock bytes 100 to 299.
+const WRITER_LOCK: u64 = i64::MAX as u64 - 1;
+
+/// How to open a local source.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Never write, and do not ask for permission to.
+    pub read_only: bool,
+    /// Bypass the page cache.
+    pub direct: bool,
+}
+
+/// A local source could not be opened: what, why, and what to do about it.
+#[derive(Debug)]
+pub struct OpenError(String);
+
+impl std::fmt::Display for OpenError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for OpenError {}
+
+/// Where the bytes are, which says what may block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Medium {
+    /// tmpfs and memfd: never waits.
+    Memory,
+    /// A file system or a block device, through the page cache.
+    Cached,
+}
+
+/// A regular file, a block device or memory.
+#[derive(Debug)]
+pub struct FileBackend {
+    file: Arc<File>,
+    direct: Option<Direct>,
+    medium: Medium,
+    is_device: bool,
+    capabilities: Capabilities,
+    /// In bytes. The kernel extends and truncates one at a time (it holds the inode's lock), so this
+    /// follows the file.
+    size: AtomicU64,
+}
+
+/// The second descriptor, for direct I/O.
+#[derive(Debug)]
+struct Direct {
+    file: Arc<File>,
+    memory_align: usize,
+    offset_align: u64,
+    lock: RangeLock,
+}
+
+impl FileBackend {
+    /// Opens `path`; read-only when that is asked for, or when it is all that the path allows.
+    pub fn open(path: &Path, options: Options) -> Result<Arc<FileBackend>, OpenError> {
+        let fail = |why: &dyn std::fmt::Display| OpenError(format!("{}: {why}", path.display()));
+        let metadata = std::fs::metadata(path).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => fail(
+                &"no such file or device (an empty disk is made with: truncate -s SIZE FILE)",
+            ),
+            io::ErrorKind::PermissionDenied => fail(&"permission denied on the way to it"),
+            _ => fail(&e),
+        })?;
+        check_type(&metadata).map_err(|why| fail(&why))?;
+
+        let open = |write: bool, flags: libc::c_int| {
+            OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
+        };
+        let mut read_only = options.read_only;
+        let mut opened = open(!read_only, 0);
+        if let Err(e) = &opened
+            && !read_only
+            && matches!(
+                e.raw_os_error(),
+                Some(libc::EACCES | libc::EPERM | libc::EROFS | libc::ETXTBSY)
+            )
+        {
+            log::info!("{} cannot be written ({e}): read-only", path.display());
+            read_only = true;
+            opened = open(false, 0);
+        }
+        let file = opened.map_err(|e| match e.kind() {
+            io::ErrorKind::PermissionDenied => {
+                fail(&"permission denied: it must be readable by the user who exports it")
+            }
+            _ => fail(&e),
+        })?;
+        if !read_only {
+            sys::lock_byte(&file, WRITER_LOCK).map_err(|e| match e.raw_os_error() {
+                Some(libc::EAGAIN | libc::EACCES) => {
+                    fail(&"already exported writable; end that export, or use -r")
+                }
+                _ => fail(&format!("cannot be locked: {e}")),
+            })?;
+        }
+        let direct = options.direct.then(|| Direct::open(&file, read_only)).transpose();
+        let direct = direct.map_err(|e| fail(&e))?;
+        let backend = FileBackend::new(file, direct, read_only).map_err(|e| fail(&e))?;
+        backend.check_end().map_err(|why| fail(&why))?;
+        Ok(Arc::new(backend))
+    }
+
+    /// `size` bytes of sparse memory.
+    pub fn memory(size: u64, options: Options) -> Result<Arc<FileBackend>, OpenError> {
+        let make = || {
+            let file = sys::memfd("diskfuse")?;
+            file.set_len(size)?;
+            FileBackend::new(file, None, options.read_only)
+        };
+        make().map(Arc::new).map_err(|e| OpenError(format!("mem:{size}: {e}")))
+    }
+
+    fn new(file: File, direct: Option<Direct>, read_only: bool) -> io::Result<FileBackend> {
+        const TMPFS_MAGIC: i64 = 0x0102_1994;
+        let metadata = file.metadata()?;
+        let is_device = metadata.file_type().is_block_device();
+        let in_memory = !is_device && sys::file_system_magic(&file)? == TMPFS_MAGIC;
+        let size = if is_device { sys::block_device_size(&file)? } else { metadata.len() };
+        let preferred = match &direct {
+            Some(direct) => (metadata.blksize() as u32).max(direct.offset_align as u32),
+            None => metadata.blksize() as u32,
+        };
+        Ok(FileBackend {
+            file: Arc::new(file),
+            direct,
+            medium: if in_memory { Medium::Memory } else { Medium::Cached },
+            is_device,
+            capabilities: Capabilities {
+                read_only,
+                resizable: !is_device && !read_only,
+                preferred_io_bytes: preferred,
+            },
+            size: AtomicU64::new(size),
+        })
+    }
+
+    /// A source that says it has bytes where none can be read would give errors later, in the middle of
+    /// somebody's work.
+    fn check_end(&self) -> Result<(), String> {
+        let size = self.size();
+        if size == 0 {
+            return Ok(());
+        }
+        let mut last = [0];
+        match self.file.read_at(&mut last, size - 1) {
+            Ok(1) => Ok(()),
+            Ok(_) => Err(format!(
+                "shorter than it claims: no byte can be read at {}, the last of {size} (is it a disk image?)",
+                size - 1
+            )),
+            Err(e) => Err(format!("the last of its {size} bytes cannot be read: {e}")),
+        }
+    }
+}
+
+fn check_type(metadata: &Metadata) -> Result<(), &'static str> {
+    let kind = metadata.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        Ok(())
+    } else if kind.is_dir() {
+        Err("is a directory: a disk image or a block device is wanted")
+    } else {
+        Err("is neither a regular file nor a block device")
+    }
+}
+
+impl Direct {
+    fn open(file: &File, read_only: bool) -> Result<Direct, String> {
+        // The very file that is open already, whatever its path means by now.
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let direct = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(libc::O_DIRECT)
+            .open(path)
+            .map_err(|e| format!("no direct I/O here ({e}): leave out --direct"))?;
+        let (memory_align, offset_align) = match sys::direct_io_alignment(&direct) {
+            Some((0, _) | (_, 0)) => {
+                return Err("its file system has no direct I/O: leave out --direct".into());
+            }
+            Some((memory, offset)) => (memory, offset),
+            // Before Linux 6.1: a device's block size, or what satisfies every file system.
+            None => match sys::logical_block_size(&direct) {
+                Ok(size) => (size, size),
+                Err(_) => (4096, 4096),
+            },
+        };
+        Ok(Direct {
+            file: Arc::new(direct),
+            memory_align: memory_align as usize,
+            offset_align: u64::from(offset_align),
+            lock: RangeLock::default(),
+        })
+    }
+
+    /// Whether this range of this memory can be direct, in a file of `size` bytes whose last partial
+    /// block cannot.
+    fn fits(&self, offset: u64, memory: &[u8], size: u64) -> bool {
+        let len = memory.len() as u64;
+        offset.is_multiple_of(self.offset_align)
+            && len.is_multiple_of(self.offset_align)
+            && (memory.as_ptr() as usize).is_multiple_of(self.memory_align)
+            && (size.is_multiple_of(self.offset_align)
+                || offset + len <= size - size % self.offset_align)
+    }
+
+    /// The pages that a range touches: what the page cache would write.
+    fn pages(offset: u64, len: u64) -> std::ops::Range<u64> {
+        const PAGE: u64 = 64 << 10; // the largest page of any Linux machine
+        offset / PAGE * PAGE..(offset + len).div_ceil(PAGE) * PAGE
+    }
+}
+
+impl Backend for FileBackend {
+    type Lane = FileLane;
+
+    fn lane(self: &Arc<Self>, io: &Rc<Io>) -> io::Result<FileLane> {
+        Ok(FileLane { backend: self.clone(), io: io.clone() })
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn stat(&self) -> io::Result<Stat> {
+        let metadata = self.file.metadata()?;
+        if !self.is_device {
+            self.size.store(metadata.len(), Ordering::Release);
+        }
+        let allocated = if self.is_device { self.size() } else { metadata.blocks() * 512 };
+        Ok(Stat {
+            allocated_bytes: allocated,
+            atime: (metadata.atime(), metadata.atime_nsec() as u32),
+            mtime: (metadata.mtime(), metadata.mtime_nsec() as u32),
+            ctime: (metadata.ctime(), metadata.ctime_nsec() as u32),
+        })
+    }
+
+    fn last_flush(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+}
+
+/// One thread's way to a local source.
+pub struct FileLane {
+    backend: Arc<FileBackend>,
+    io: Rc<Io>,
+}
+
+impl FileLane {
+    /// Fills `buf` as far as the file goes, through the page cache.
+    async fn read_cached(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let file = &self.backend.file;
+        let mut done = 0;
+        let mut may_wait = false;
+        while done < buf.len() {
+            let rest = &mut buf[done..];
+            let at = offset + done as u64;
+            let read = match self.backend.medium {
+                Medium::Memory if rest.len() < HOP_LEN => file.read_at(rest, at),
+                Medium::Memory => pool::read_at(file, rest, at).await,
+                Medium::Cached if may_wait => self.io.read_at(file, rest, at).await,
+                Medium::Cached => sys::read_at_nowait(file, rest, at),
+            };
+            match read {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if !may_wait && would_wait(&e) => may_wait = true,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(done)
+    }
+
+    async fn write_cached(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let file = &self.backend.file;
+        let mut done = 0;
+        let mut may_wait = false;
+        while done < data.len() {
+            let rest = &data[done..];
+            let at = offset + done as u64;
+            let written = match self.backend.medium {
+                Medium::Memory if rest.len() < HOP_LEN => file.write_at(rest, at),
+                Medium::Memory => pool::write_at(file, rest, at).await,
+                Medium::Cached if may_wait => self.io.write_at(file, rest, at).await,
+                Medium::Cached => sys::write_at_nowait(file, rest, at),
+            };
+            match written {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if !may_wait && would_wait(&e) => may_wait = true,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    async fn read_direct(
+        &self,
+        direct: &Direct,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            match self.io.read_at(&direct.file, &mut buf[done..], offset + done as u64).await {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(e) if retry(&e) => {}
+                Err(e) => return Err(e),
+            }
+            // A short read that ends inside a block is the end of the file.
+            if !(done as u64).is_multiple_of(direct.offset_align) {
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    async fn write_direct(&self, direct: &Direct, offset: u64, data: &[u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < data.len() {
+            match self.io.write_at(&direct.file, &data[done..], offset + done as u64).await {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => done += n,
+                Err(e) if retry(&e) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// What does not fit direct I/O: through the page cache, and out of it again.
+    async fn write_around(&self, direct: &Direct, offset: u64, data: &[u8]) -> io::Result<()> {
+        let pages = Direct::pages(offset, data.len() as u64);
+        let (start, len) = (pages.start, pages.end - pages.start);
+        let _alone = direct.lock.exclusive(pages).await;
+        self.write_cached(offset, data).await?;
+        let file = self.backend.file.clone();
+        self.io.blocking(move || sys::write_out(&file, start, len)).await
+    }
+
+    /// `fallocate` on another thread: it may write.
+    async fn fallocate(&self, mode: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
+        let file = self.backend.file.clone();
+        self.io.blocking(move || sys::fallocate(&file, mode, offset, len)).await
+    }
+
+    /// Zeroes by writing them.
+    async fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        let zeroes = vec![0; ZEROES_LEN.min(len as usize)];
+        let mut at = offset;
+        while at < offset + len {
+            let n = (zeroes.len() as u64).min(offset + len - at) as usize;
+            self.write(at, &zeroes[..n], false).await?;
+            at += n as u64;
+        }
+        Ok(())
+    }
+
+    fn grow_to(&self, end: u64) {
+        if end > self.backend.size() {
+            self.backend.size.fetch_max(end, Ordering::AcqRel);
+        }
+    }
+}
+
+/// The file system would have to wait, or cannot tell.
+fn would_wait(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EOPNOTSUPP))
+}
+
+/// Nothing is wrong with the request. A ring answers `EAGAIN` when memory for the I/O is short.
+fn retry(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
+}
+
+impl Lane for FileLane {
+    async fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        match &self.backend.direct {
+            Some(direct) if direct.fits(offset, buf, self.backend.size()) => {
+                self.read_direct(direct, offset, buf).await
+            }
+            _ => self.read_cached(offset, buf).await,
+        }
+    }
+
+    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+        match &self.backend.direct {
+            Some(direct) if direct.fits(offset, data, self.backend.size()) => {
+                let pages = Direct::pages(offset, data.len() as u64);
+                let _beside = direct.lock.shared(pages).await;
+                self.write_direct(direct, offset, data).await?;
+            }
+            Some(direct) => self.write_around(direct, offset, data).await?,
+            None => self.write_cached(offset, data).await?,
+        }
+        self.grow_to(offset + data.len() as u64);
+        if durable { self.flush().await } else { Ok(()) }
+    }
+
+    async fn flush(&self) -> io::Result<()> {
+        if self.backend.medium == Medium::Memory {
+            return Ok(());
+        }
+        let file = self.backend.file.clone();
+        self.io.blocking(move || file.sync_data()).await
+    }
+
+    async fn zero(&self, offset: u64, len: u64, how: Zero) -> io::Result<()> {
+        let mode = match how {
+            Zero::Punch => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            Zero::Keep => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+        };
+        let (mut start, mut end) = (offset, offset + len);
+        if self.backend.is_device {
+            // A device zeroes whole blocks only; the rest of the range is written.
+            let block = u64::from(sys::logical_block_size(&self.backend.file)?);
+            start = start.next_multiple_of(block);
+            end = end / block * block;
+            if start >= end {
+                return self.write_zeroes(offset, len).await;
+            }
+        }
+        match self.fallocate(mode, start, end - start).await {
+            Err(e) if how == Zero::Keep && e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                return self.write_zeroes(offset, len).await;
+            }
+            result => result?,
+        }
+        self.write_zeroes(offset, start - offset).await?;
+        self.write_zeroes(end, offset + len - end).await
+    }
+
+    async fn allocate(&self, offset: u64, len: u64, keep_size: bool) -> io::Result<()> {
+        let mode = if keep_size { libc::FALLOC_FL_KEEP_SIZE } else { 0 };
+        self.fallocate(mode, offset, len).await?;
+        if !keep_size {
+            self.grow_to(offset + len);
+        }
+        Ok(())
+    }
+
+    async fn resize(&self, size: u64) -> io::Result<()> {
+        let file = self.backend.file.clone();
+        self.io.blocking(move || file.set_len(size)).await?;
+        self.backend.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    async fn seek(&self, offset: u64, what: Seek) -> io::Result<u64> {
+        let whence = match what {
+            Seek::Data => libc::SEEK_DATA,
+            Seek::Hole => libc::SEEK_HOLE,
+        };
+        match sys::lseek(&self.backend.file, offset, whence) {
+            // Devices, and file systems that keep no account of holes: everything is data.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(match what {
+                Seek::Data => offset,
+                Seek::Hole => self.backend.size(),
+            }),
+            result => result,
+        }
+    }
+}

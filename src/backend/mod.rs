@@ -1,0 +1,110 @@
+//! What stores the bytes.
+//!
+//! A [`Backend`] is shared by all serving threads. Each of them makes a [`Lane`] for itself: its own
+//! way to the bytes (a ring, a connection), used by that thread only, so that no lock and no hop
+//! stands between a request and its I/O. A lane serves any number of operations at once and may
+//! complete them in any order.
+//!
+//! Ranges are checked above ([`crate::export`]): they never reach past [`Backend::size`], except where
+//! an operation says so. Errors are plain [`io::Error`]s; the export maps them to what FUSE may say.
+
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::io::Io;
+
+pub mod file;
+pub mod range_lock;
+
+/// What a source is and what it allows, fixed while it is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Nothing may be written.
+    pub read_only: bool,
+    /// [`Lane::resize`] and [`Lane::allocate`] work: a regular file or memory.
+    pub resizable: bool,
+    /// The I/O size that the source prefers, in bytes; reported as `st_blksize`.
+    pub preferred_io_bytes: u32,
+}
+
+/// The time stamps and the allocation of a source, as `stat` shows them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stat {
+    /// Space in use, in bytes; the whole size where the source cannot tell.
+    pub allocated_bytes: u64,
+    /// Last read, last write and last change of the source itself: seconds and nanoseconds.
+    pub atime: (i64, u32),
+    /// See `atime`.
+    pub mtime: (i64, u32),
+    /// See `atime`.
+    pub ctime: (i64, u32),
+}
+
+/// What `lseek` looks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seek {
+    /// `SEEK_DATA`
+    Data,
+    /// `SEEK_HOLE`; the end counts as a hole.
+    Hole,
+}
+
+/// Whether a zeroed range gives its space back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zero {
+    /// `FALLOC_FL_PUNCH_HOLE`: free the space where that is possible.
+    Punch,
+    /// `FALLOC_FL_ZERO_RANGE`: keep or make the space allocated.
+    Keep,
+}
+
+/// A source of bytes, shared by the serving threads.
+pub trait Backend: Send + Sync + 'static {
+    /// How one thread reaches the bytes.
+    type Lane: Lane;
+
+    /// Makes the calling thread's lane. It is called once on each serving thread.
+    fn lane(self: &Arc<Self>, io: &Rc<Io>) -> io::Result<Self::Lane>;
+
+    /// What the source allows.
+    fn capabilities(&self) -> Capabilities;
+
+    /// The size in bytes, now.
+    fn size(&self) -> u64;
+
+    /// Time stamps and allocation, now. Must not block for long: it runs on a serving thread.
+    fn stat(&self) -> io::Result<Stat>;
+
+    /// Makes everything acknowledged durable, blocking; called once when all serving threads have ended.
+    fn last_flush(&self) -> io::Result<()>;
+}
+
+/// One thread's way to the bytes of a [`Backend`].
+///
+/// A future that was polled must be polled to its end: I/O that the kernel has begun may still use
+/// the buffer.
+#[allow(async_fn_in_trait)] // lanes stay on their thread, so no caller needs `Send` futures
+pub trait Lane: 'static {
+    /// Fills `buf` from `offset`. Fewer bytes than asked mean that the source ends there.
+    async fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize>;
+
+    /// Writes all of `data` at `offset`; past the end only where the export is growable. With `durable`
+    /// (O_DSYNC) the data is on stable storage when this returns.
+    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()>;
+
+    /// Makes every write that has completed durable.
+    async fn flush(&self) -> io::Result<()>;
+
+    /// Makes the range read as zeroes, or fails with `EOPNOTSUPP` and changes nothing.
+    async fn zero(&self, offset: u64, len: u64, how: Zero) -> io::Result<()>;
+
+    /// Reserves space for the range, and grows the source to its end unless `keep_size`.
+    async fn allocate(&self, offset: u64, len: u64, keep_size: bool) -> io::Result<()>;
+
+    /// Sets the size; `EOPNOTSUPP` where the source cannot.
+    async fn resize(&self, size: u64) -> io::Result<()>;
+
+    /// The next data or hole at or after `offset` (below the size). `ENXIO`: no data follows.
+    async fn seek(&self, offset: u64, what: Seek) -> io::Result<u64>;
+}

@@ -1,0 +1,381 @@
+//! The command line: words become one validated [`Config`].
+
+use std::path::PathBuf;
+
+use argh::FromArgs;
+
+/// Show a disk as a file.
+///
+/// SOURCE is the path of a disk image or a block device, or mem:SIZE for a sparse disk in memory. MOUNTPOINT
+/// is a regular file; it is created if it is missing, and removed again at the end.
+#[derive(FromArgs, Debug)]
+#[argh(
+    name = "diskfuse",
+    example = "Show an image, and put a file system on it:\n  truncate -s 1G disk.img\n  {command_name} disk.img ./disk &\n  mkfs.ext4 ./disk",
+    note = "Ends on SIGINT, SIGTERM, SIGHUP or when MOUNTPOINT is unmounted. More in the man page: diskfuse(1).",
+    error_code(0, "Clean"),
+    error_code(1, "It failed while serving, or the last flush failed"),
+    error_code(2, "Usage"),
+    error_code(3, "The source cannot be opened or reached"),
+    error_code(4, "It cannot be mounted")
+)]
+struct Words {
+    /// never write to the source
+    #[argh(switch, short = 'r')]
+    read_only: bool,
+
+    /// options as mount(8) has them: ro, rw, allow_other, uid=, gid=, and any long option of this
+    /// program as name[=value]; may be repeated
+    #[argh(option, short = 'o', arg_name = "opt[,opt...]")]
+    options: Vec<String>,
+
+    /// FUSE over io_uring: auto, on or off (auto)
+    #[argh(option, arg_name = "when")]
+    io_uring: Option<String>,
+
+    /// requests in flight for each serving thread (chosen from the number of CPUs)
+    #[argh(option, arg_name = "n")]
+    queue_depth: Option<String>,
+
+    /// a write past the end makes the source longer
+    #[argh(switch)]
+    growable: bool,
+
+    /// bypass the page cache of the source (O_DIRECT)
+    #[argh(switch)]
+    direct: bool,
+
+    /// let other users use the file, as far as its mode allows: off, on, or auto if that is permitted (off)
+    #[argh(option, arg_name = "when")]
+    allow_other: Option<String>,
+
+    /// print the version
+    #[argh(switch)]
+    version: bool,
+
+    /// SOURCE and MOUNTPOINT
+    #[argh(positional, arg_name = "SOURCE MOUNTPOINT")]
+    operands: Vec<String>,
+}
+
+/// Off, on, or on if it can be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// If it can be had.
+    Auto,
+    /// Or fail.
+    On,
+    /// Never.
+    Off,
+}
+
+/// Where the bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A regular file or a block device.
+    Path(PathBuf),
+    /// So many bytes of memory.
+    Memory(u64),
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Source::Path(path) => write!(f, "{}", path.display()),
+            Source::Memory(size) => write!(f, "mem:{size}"),
+        }
+    }
+}
+
+/// What the user asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Where the bytes are.
+    pub source: Source,
+    /// The regular file that shows them.
+    pub mountpoint: PathBuf,
+    /// Never write to the source.
+    pub read_only: bool,
+    /// FUSE over io_uring.
+    pub io_uring: When,
+    /// Requests in flight for each serving thread; none: chosen from the number of CPUs.
+    pub queue_depth: Option<usize>,
+    /// A write past the end makes the source longer.
+    pub growable: bool,
+    /// Bypass the source's page cache.
+    pub direct: bool,
+    /// Other users may use the file.
+    pub allow_other: When,
+    /// The file's owner; none: who runs this.
+    pub uid: Option<u32>,
+    /// The file's group; none: that of who runs this.
+    pub gid: Option<u32>,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Export a disk.
+    Serve(Config),
+    /// Print this and end well.
+    Print(String),
+}
+
+/// The command line makes no sense: what is wrong with it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct UsageError(String);
+
+impl std::fmt::Display for UsageError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}\ntry: diskfuse --help", self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
+fn usage(why: impl Into<String>) -> UsageError {
+    UsageError(why.into())
+}
+
+/// The options that take a value, for `name=value`.
+const WITH_VALUE: [&str; 3] = ["io-uring", "queue-depth", "allow-other"];
+/// The options that take none.
+const SWITCHES: [&str; 3] = ["read-only", "growable", "direct"];
+/// Words of mount(8) and fstab(5) that mean nothing here, or are so anyway.
+const MOUNT_WORDS: [&str; 14] = [
+    "defaults", "auto", "noauto", "user", "nouser", "users", "nofail", "_netdev", "nosuid", "nodev",
+    "exec", "noexec", "async", "default_permissions",
+];
+/// Requests in flight: the ring's own limit is far above, memory is not.
+const QUEUE_DEPTHS: std::ops::RangeInclusive<usize> = 1..=4096;
+
+/// Understands the words after the program's name.
+pub fn parse(words: &[String]) -> Result<Command, UsageError> {
+    // argh has no `--name=value`, which shell users expect.
+    let mut split = Vec::new();
+    let mut operands_only = false;
+    for word in words {
+        operands_only |= word == "--";
+        match word.split_once('=') {
+            Some((name, value)) if !operands_only && name.starts_with("--") => {
+                split.extend([name.to_owned(), value.to_owned()]);
+            }
+            _ => split.push(word.clone()),
+        }
+    }
+    let split: Vec<&str> = split.iter().map(String::as_str).collect();
+    let words = Words::from_args(&["diskfuse"], &split).map_err(|exit| match exit.status {
+        Ok(()) => Err(Command::Print(exit.output)),
+        Err(()) => Ok(usage(exit.output.trim().replace('\n', " "))),
+    });
+    match words {
+        Ok(words) => words.into_command(),
+        Err(Err(print)) => Ok(print),
+        Err(Ok(error)) => Err(error),
+    }
+}
+
+impl Words {
+    fn into_command(mut self) -> Result<Command, UsageError> {
+        if self.version {
+            return Ok(Command::Print(concat!("diskfuse ", env!("CARGO_PKG_VERSION"), "\n").into()));
+        }
+        let (mut uid, mut gid) = (None, None);
+        for list in std::mem::take(&mut self.options) {
+            for option in list.split(',').filter(|o| !o.is_empty()) {
+                self.mount_option(option, &mut uid, &mut gid)?;
+            }
+        }
+        let [source, mountpoint] = &self.operands[..] else {
+            return Err(usage(match self.operands.len() {
+                0 => "SOURCE and MOUNTPOINT are missing".to_owned(),
+                1 => format!("MOUNTPOINT is missing (SOURCE is {})", self.operands[0]),
+                _ => format!("one SOURCE and one MOUNTPOINT, not also {}", self.operands[2]),
+            }));
+        };
+        Ok(Command::Serve(Config {
+            source: parse_source(source)?,
+            mountpoint: PathBuf::from(mountpoint),
+            read_only: self.read_only,
+            io_uring: parse_when("--io-uring", self.io_uring.as_deref(), When::Auto)?,
+            queue_depth: self.queue_depth.as_deref().map(parse_depth).transpose()?,
+            growable: self.growable,
+            direct: self.direct,
+            allow_other: parse_when("--allow-other", self.allow_other.as_deref(), When::Off)?,
+            uid,
+            gid,
+        }))
+    }
+
+    fn mount_option(
+        &mut self,
+        option: &str,
+        uid: &mut Option<u32>,
+        gid: &mut Option<u32>,
+    ) -> Result<(), UsageError> {
+        let (name, value) = match option.split_once('=') {
+            Some((name, value)) => (name, Some(value)),
+            None => (option, None),
+        };
+        let number = |value: &str| {
+            value.parse().map_err(|_| usage(format!("-o {option}: {value} is not a number")))
+        };
+        match (name, value) {
+            ("ro", None) => self.read_only = true,
+            ("rw", None) => self.read_only = false,
+            ("allow_other", None) => self.allow_other = Some("on".into()),
+            ("uid", Some(value)) => *uid = Some(number(value)?),
+            ("gid", Some(value)) => *gid = Some(number(value)?),
+            ("read-only", None) => self.read_only = true,
+            ("growable", None) => self.growable = true,
+            ("direct", None) => self.direct = true,
+            ("io-uring", Some(value)) => self.io_uring = Some(value.into()),
+            ("queue-depth", Some(value)) => self.queue_depth = Some(value.into()),
+            ("allow-other", Some(value)) => self.allow_other = Some(value.into()),
+            (name, None) if MOUNT_WORDS.contains(&name) || name.starts_with("x-") => {}
+            (name, Some(_)) if name.starts_with("x-") => {}
+            (name, None) if WITH_VALUE.contains(&name) || ["uid", "gid"].contains(&name) => {
+                return Err(usage(format!("-o {name} needs a value: {name}=...")));
+            }
+            (name, Some(_))
+                if SWITCHES.contains(&name)
+                    || MOUNT_WORDS.contains(&name)
+                    || ["ro", "rw", "allow_other"].contains(&name) =>
+            {
+                return Err(usage(format!("-o {name} takes no value")));
+            }
+            _ => return Err(usage(format!("-o {name}: no such option"))),
+        }
+        Ok(())
+    }
+}
+
+fn parse_when(option: &str, value: Option<&str>, default: When) -> Result<When, UsageError> {
+    match value {
+        None => Ok(default),
+        Some("auto") => Ok(When::Auto),
+        Some("on") => Ok(When::On),
+        Some("off") => Ok(When::Off),
+        Some(other) => Err(usage(format!("{option} is auto, on or off, not {other:?}"))),
+    }
+}
+
+fn parse_depth(value: &str) -> Result<usize, UsageError> {
+    value.parse().ok().filter(|n| QUEUE_DEPTHS.contains(n)).ok_or_else(|| {
+        let (least, most) = QUEUE_DEPTHS.into_inner();
+        usage(format!("--queue-depth is a number from {least} to {most}, not {value:?}"))
+    })
+}
+
+fn parse_source(text: &str) -> Result<Source, UsageError> {
+    if text.is_empty() {
+        return Err(usage("SOURCE is empty"));
+    }
+    if let Some(size) = text.strip_prefix("mem:") {
+        return Ok(Source::Memory(parse_size(size).ok_or_else(|| {
+            usage(format!("mem:SIZE wants bytes, or a number with K, M, G or T, not {size:?}"))
+        })?));
+    }
+    // A path may have a colon and even "//" in it, but not in this way.
+    if let Some((scheme, _)) = text.split_once("://") {
+        return Err(usage(format!(
+            "{scheme}:// is no scheme this version knows (for a file of that name: ./{text})"
+        )));
+    }
+    Ok(Source::Path(PathBuf::from(text)))
+}
+
+/// A number of bytes: `4096`, `64K`, `1G`. At most what a file's offset can say.
+fn parse_size(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" | "B" => 0,
+        "K" | "k" | "KiB" => 10,
+        "M" | "m" | "MiB" => 20,
+        "G" | "g" | "GiB" => 30,
+        "T" | "t" | "TiB" => 40,
+        _ => return None,
+    };
+    let size = digits.parse::<u64>().ok()?.checked_mul(1 << shift)?;
+    (i64::try_from(size).is_ok() && digits.starts_with(|c: char| c.is_ascii_digit())).then_some(size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(line: &str) -> Result<Command, UsageError> {
+        parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    fn config(line: &str) -> Config {
+        match words(line) {
+            Ok(Command::Serve(config)) => config,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    fn error(line: &str) -> String {
+        words(line).expect_err(line).to_string()
+    }
+
+    #[test]
+    fn defaults() {
+        let config = config("disk.img ./disk");
+        assert_eq!(config.source, Source::Path("disk.img".into()));
+        assert_eq!(config.mountpoint, PathBuf::from("./disk"));
+        assert!(!config.read_only && !config.growable && !config.direct);
+        assert_eq!((config.io_uring, config.allow_other), (When::Auto, When::Off));
+    }
+
+    #[test]
+    fn options_before_between_and_after_the_operands() {
+        let a = config("-r --growable --io-uring off a b");
+        assert_eq!(a, config("a --io-uring=off b --growable -r"));
+        assert_eq!(a, config("a b -o ro,growable -o io-uring=off"));
+    }
+
+    #[test]
+    fn mount_helpers_words_are_accepted() {
+        let config = config("a b -o rw,noauto,_netdev,x-systemd.device-timeout=5,allow_other,uid=7,gid=8");
+        assert_eq!((config.uid, config.gid, config.allow_other), (Some(7), Some(8), When::On));
+    }
+
+    #[test]
+    fn a_double_dash_ends_the_options() {
+        assert_eq!(config("-- -r=x --b").source, Source::Path("-r=x".into()));
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("4096"), Some(4096));
+        assert_eq!(parse_size("64M"), Some(64 << 20));
+        assert_eq!(parse_size("1T"), Some(1 << 40));
+        for bad in ["", "M", "-1", "+1", "1X", "9223372036854775808", "9999999T", "1.5G"] {
+            assert_eq!(parse_size(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn errors_name_the_word_and_the_cure() {
+        assert!(error("").contains("SOURCE and MOUNTPOINT"));
+        assert!(error("a").contains("MOUNTPOINT is missing"));
+        assert!(error("a b c").contains("not also c"));
+        assert!(error("a b --io-uring maybe").contains("auto, on or off, not \"maybe\""));
+        assert!(error("a b --queue-depth 0").contains("from 1 to 4096"));
+        assert!(error("a b -o nonsense").contains("nonsense: no such option"));
+        assert!(error("a b -o uid=x").contains("x is not a number"));
+        assert!(error("a b -o uid").contains("uid=..."));
+        assert!(error("a b -o ro=1").contains("takes no value"));
+        assert!(error("a b --nonsense").contains("--nonsense"));
+        assert!(error("mem:lots b").contains("mem:SIZE"));
+        assert!(error("ftp://x b").contains("ftp://"));
+    }
+
+    #[test]
+    fn help_and_version_are_printed() {
+        for line in ["--help", "--version"] {
+            assert!(matches!(words(line), Ok(Command::Print(_))), "{line}");
+        }
+    }
+}

@@ -1,0 +1,377 @@
+//! The handler: what each operation means for an exported disk.
+//!
+//! It knows no transport and no wire format: an [`Op`] and a payload come in, a [`Reply`] or an
+//! [`Errno`] goes out. Any number of operations run at once, on any thread.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::backend::{Backend, Capabilities, Lane, Seek, Zero};
+use crate::errno::Errno;
+use crate::fuse::abi::{self, Attr, SetattrIn, StatfsOut, fattr};
+use crate::fuse::reply::Reply;
+use crate::fuse::request::Op;
+
+/// What the user asked of an export.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// Writes are allowed; implies that the source allows them.
+    pub writable: bool,
+    /// A write past the end makes the source longer.
+    pub growable: bool,
+    /// Other users may use the file, as far as its mode lets them.
+    pub allow_other: bool,
+    /// The file's owner.
+    pub uid: u32,
+    /// The file's group.
+    pub gid: u32,
+}
+
+/// One exported disk.
+pub struct Export<B> {
+    backend: Arc<B>,
+    capabilities: Capabilities,
+    policy: Policy,
+    /// Off the data path: `stat`, `chmod` and the like.
+    attributes: Mutex<Attributes>,
+    /// Something was written since `attributes` last took note. Writers only set it, so that they share
+    /// a cache line which hardly ever changes.
+    modified: AtomicBool,
+    flush_failed: AtomicBool,
+}
+
+/// What the export itself keeps of a file's attributes.
+struct Attributes {
+    mode: u32,
+    uid: u32,
+    gid: u32,
+    atime: Time,
+    mtime: Time,
+    ctime: Time,
+}
+
+/// Seconds and nanoseconds since 1970.
+type Time = (i64, u32);
+
+fn now() -> Time {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    (since.as_secs() as i64, since.subsec_nanos())
+}
+
+const WRITE_BITS: u32 = 0o222;
+const OTHERS_BITS: u32 = 0o077;
+const SPECIAL_BITS: u32 = 0o7000;
+
+impl<B: Backend> Export<B> {
+    /// An export of `backend`; its times are the source's to begin with.
+    pub fn new(backend: Arc<B>, policy: Policy) -> std::io::Result<Export<B>> {
+        let capabilities = backend.capabilities();
+        let policy = Policy {
+            writable: policy.writable && !capabilities.read_only,
+            growable: policy.growable && capabilities.resizable,
+            ..policy
+        };
+        let stat = backend.stat()?;
+        let attributes = Attributes {
+            mode: if policy.writable { 0o600 } else { 0o400 },
+            uid: policy.uid,
+            gid: policy.gid,
+            atime: stat.atime,
+            mtime: stat.mtime,
+            ctime: stat.ctime,
+        };
+        Ok(Export {
+            backend,
+            capabilities,
+            policy,
+            attributes: Mutex::new(attributes),
+            modified: AtomicBool::new(false),
+            flush_failed: AtomicBool::new(false),
+        })
+    }
+
+    /// The source of its bytes.
+    pub fn backend(&self) -> &Arc<B> {
+        &self.backend
+    }
+
+    /// Whether writes are allowed.
+    pub fn writable(&self) -> bool {
+        self.policy.writable
+    }
+
+    /// Whether a flush has failed: data that a client believes written may be lost, so the exit status
+    /// must say so.
+    pub fn flush_failed(&self) -> bool {
+        self.flush_failed.load(Ordering::Acquire)
+    }
+
+    /// Carries out `op`. A WRITE's data is at the front of `payload`; a READ's goes there.
+    pub async fn handle(
+        &self,
+        lane: &B::Lane,
+        op: Op,
+        payload: &mut [u8],
+    ) -> Result<Reply, Errno> {
+        match op {
+            Op::Read { offset, size } => self.read(lane, offset, &mut payload[..size as usize]).await,
+            Op::Write { offset, size, durable } => {
+                self.write(lane, offset, &payload[..size as usize], durable).await
+            }
+            Op::Getattr => self.attr().map(Reply::Attr),
+            Op::Setattr(change) => self.setattr(lane, change).await,
+            Op::Open { flags } => self.open(lane, flags).await,
+            Op::Flush | Op::Fsync => self.flush(lane).await,
+            Op::Fallocate { offset, len, mode } => self.fallocate(lane, offset, len, mode).await,
+            Op::Lseek { offset, whence } => self.lseek(lane, offset, whence).await,
+            Op::Statfs => Ok(Reply::Statfs(self.statfs())),
+            Op::Release | Op::Destroy => Ok(Reply::Done),
+            Op::Unanswered => Ok(Reply::Unanswered),
+        }
+    }
+
+    async fn read(&self, lane: &B::Lane, offset: u64, buf: &mut [u8]) -> Result<Reply, Errno> {
+        let len = self.within(offset, buf.len());
+        if len == 0 {
+            return Ok(Reply::Data(0));
+        }
+        Ok(Reply::Data(lane.read(offset, &mut buf[..len]).await?))
+    }
+
+    async fn write(
+        &self,
+        lane: &B::Lane,
+        offset: u64,
+        data: &[u8],
+        durable: bool,
+    ) -> Result<Reply, Errno> {
+        self.check_writable()?;
+        let len = if self.policy.growable {
+            let end = offset.checked_add(data.len() as u64).and_then(|end| i64::try_from(end).ok());
+            end.map(|_| data.len()).ok_or(Errno::EFBIG)?
+        } else {
+            self.within(offset, data.len())
+        };
+        if len == 0 && !data.is_empty() {
+            return Err(Errno::ENOSPC);
+        }
+        let written = lane.write(offset, &data[..len], durable).await;
+        self.note_modified();
+        written?;
+        Ok(Reply::Written(len as u32))
+    }
+
+    /// How many of `len` bytes at `offset` lie before the end.
+    fn within(&self, offset: u64, len: usize) -> usize {
+        (len as u64).min(self.backend.size().saturating_sub(offset)) as usize
+    }
+
+    async fn open(&self, lane: &B::Lane, flags: u32) -> Result<Reply, Errno> {
+        let writing = flags & libc::O_ACCMODE as u32 != libc::O_RDONLY as u32;
+        if writing {
+            self.check_writable()?;
+        }
+        // A disk of fixed size has nothing to cut off: `dd of=` and the shell's `>` open with O_TRUNC.
+        if flags & libc::O_TRUNC as u32 != 0 && self.policy.growable {
+            self.check_writable()?;
+            lane.resize(0).await?;
+            self.note_modified();
+        }
+        let flush = if writing { 0 } else { abi::FOPEN_NOFLUSH };
+        Ok(Reply::Opened(abi::FOPEN_DIRECT_IO | abi::FOPEN_PARALLEL_DIRECT_WRITES | flush))
+    }
+
+    async fn flush(&self, lane: &B::Lane) -> Result<Reply, Errno> {
+        if let Err(e) = lane.flush().await {
+            log::error!("flush: {e}");
+            self.flush_failed.store(true, Ordering::Release);
+            return Err(e.into());
+        }
+        Ok(Reply::Done)
+    }
+
+    /// The flush at the end, when nobody is served any more.
+    pub fn last_flush(&self) -> std::io::Result<()> {
+        if self.policy.writable { self.backend.last_flush() } else { Ok(()) }
+    }
+
+    async fn fallocate(
+        &self,
+        lane: &B::Lane,
+        offset: u64,
+        len: u64,
+        mode: u32,
+    ) -> Result<Reply, Errno> {
+        const KEEP_SIZE: u32 = libc::FALLOC_FL_KEEP_SIZE as u32;
+        const PUNCH: u32 = libc::FALLOC_FL_PUNCH_HOLE as u32 | KEEP_SIZE;
+        const ZERO: u32 = libc::FALLOC_FL_ZERO_RANGE as u32;
+        const ZERO_KEEP_SIZE: u32 = ZERO | KEEP_SIZE;
+
+        self.check_writable()?;
+        let end = offset.checked_add(len).filter(|&end| i64::try_from(end).is_ok());
+        let end = end.ok_or(Errno::EFBIG)?;
+        let size = self.backend.size();
+        let grows = end > size && mode & KEEP_SIZE == 0;
+        if grows && !self.capabilities.resizable {
+            return Err(Errno::ENOSPC);
+        }
+        let inside = end.min(size).saturating_sub(offset);
+        match mode {
+            0 | KEEP_SIZE if self.capabilities.resizable => {
+                lane.allocate(offset, len, mode == KEEP_SIZE).await?;
+            }
+            // A disk of fixed size has its space, as far as anyone can tell.
+            0 | KEEP_SIZE => {}
+            PUNCH if inside > 0 => lane.zero(offset, inside, Zero::Punch).await?,
+            ZERO | ZERO_KEEP_SIZE => {
+                if inside > 0 {
+                    lane.zero(offset, inside, Zero::Keep).await?;
+                }
+                if grows {
+                    let start = offset.max(size);
+                    lane.allocate(start, end - start, false).await?;
+                }
+            }
+            PUNCH => {}
+            _ => return Err(Errno::EOPNOTSUPP),
+        }
+        self.note_modified();
+        Ok(Reply::Done)
+    }
+
+    async fn lseek(&self, lane: &B::Lane, offset: u64, whence: u32) -> Result<Reply, Errno> {
+        let what = match whence as i32 {
+            libc::SEEK_DATA => Seek::Data,
+            libc::SEEK_HOLE => Seek::Hole,
+            _ => return Err(Errno::EINVAL),
+        };
+        if offset >= self.backend.size() {
+            return Err(Errno::ENXIO);
+        }
+        Ok(Reply::Seek(lane.seek(offset, what).await?))
+    }
+
+    fn statfs(&self) -> StatfsOut {
+        const BLOCK: u32 = 4096;
+        StatfsOut {
+            blocks: self.backend.size().div_ceil(u64::from(BLOCK)),
+            files: 1,
+            bsize: BLOCK,
+            frsize: BLOCK,
+            namelen: 255,
+            ..Default::default()
+        }
+    }
+
+    fn attr(&self) -> Result<Attr, Errno> {
+        // The source's size may have been changed by others; `stat` is where that is noticed.
+        let stat = self.backend.stat()?;
+        let mut kept = self.attributes();
+        if self.modified.swap(false, Ordering::AcqRel) {
+            kept.mtime = now();
+            kept.ctime = kept.mtime;
+        }
+        Ok(Attr {
+            ino: abi::ROOT_ID,
+            size: self.backend.size(),
+            blocks: stat.allocated_bytes.div_ceil(512),
+            atime: kept.atime.0 as u64,
+            mtime: kept.mtime.0 as u64,
+            ctime: kept.ctime.0 as u64,
+            atimensec: kept.atime.1,
+            mtimensec: kept.mtime.1,
+            ctimensec: kept.ctime.1,
+            mode: libc::S_IFREG | kept.mode,
+            nlink: 1,
+            uid: kept.uid,
+            gid: kept.gid,
+            blksize: self.capabilities.preferred_io_bytes,
+            ..Default::default()
+        })
+    }
+
+    async fn setattr(&self, lane: &B::Lane, change: SetattrIn) -> Result<Reply, Errno> {
+        self.check_writable()?;
+        let has = |bit| change.valid & bit != 0;
+        // All checks first: a change is made whole or not at all.
+        if has(fattr::MODE) {
+            self.check_mode(change.mode)?;
+        }
+        if has(fattr::UID) || has(fattr::GID) {
+            let kept = self.attributes();
+            let uid_changes = has(fattr::UID) && change.uid != kept.uid;
+            let gid_changes = has(fattr::GID) && change.gid != kept.gid;
+            // Nobody but the owner gets through to the file: giving it away would shut everyone out.
+            if (uid_changes || gid_changes) && !self.policy.allow_other {
+                return Err(Errno::EPERM);
+            }
+        }
+        if has(fattr::SIZE) && change.size != self.backend.size() {
+            if !self.capabilities.resizable {
+                return Err(Errno::EOPNOTSUPP);
+            }
+            if i64::try_from(change.size).is_err() {
+                return Err(Errno::EFBIG);
+            }
+            lane.resize(change.size).await?;
+            self.note_modified();
+        }
+        {
+            let mut kept = self.attributes();
+            let now = now();
+            kept.ctime = now;
+            if has(fattr::MODE) {
+                kept.mode = change.mode & 0o777;
+            }
+            if has(fattr::UID) {
+                kept.uid = change.uid;
+            }
+            if has(fattr::GID) {
+                kept.gid = change.gid;
+            }
+            if has(fattr::ATIME_NOW) {
+                kept.atime = now;
+            } else if has(fattr::ATIME) {
+                kept.atime = (change.atime as i64, change.atimensec);
+            }
+            if has(fattr::MTIME_NOW) || has(fattr::MTIME) {
+                // What was written before is older than the time being set.
+                self.modified.store(false, Ordering::Release);
+                kept.mtime = if has(fattr::MTIME_NOW) {
+                    now
+                } else {
+                    (change.mtime as i64, change.mtimensec)
+                };
+            }
+        }
+        self.attr().map(Reply::Attr)
+    }
+
+    fn check_mode(&self, mode: u32) -> Result<(), Errno> {
+        if mode & SPECIAL_BITS != 0 {
+            return Err(Errno::EPERM);
+        }
+        if !self.policy.allow_other && mode & OTHERS_BITS != 0 {
+            return Err(Errno::EPERM);
+        }
+        if !self.policy.writable && mode & WRITE_BITS != 0 {
+            return Err(Errno::EROFS);
+        }
+        Ok(())
+    }
+
+    fn check_writable(&self) -> Result<(), Errno> {
+        if self.policy.writable { Ok(()) } else { Err(Errno::EROFS) }
+    }
+
+    fn note_modified(&self) {
+        if !self.modified.load(Ordering::Relaxed) {
+            self.modified.store(true, Ordering::Release);
+        }
+    }
+
+    fn attributes(&self) -> MutexGuard<'_, Attributes> {
+        self.attributes.lock().expect("no code panics while it holds the attributes")
+    }
+}

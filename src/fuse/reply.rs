@@ -1,0 +1,64 @@
+//! Encoding: what the handler answers becomes the bytes of a reply.
+
+use super::abi::{Attr, AttrOut, LseekOut, OpenOut, Plain, StatfsOut, WriteOut};
+
+/// A successful answer.
+#[derive(Clone, Copy, Debug)]
+pub enum Reply {
+    /// Nothing but success
+    Done,
+    /// So many bytes were read; they are in the payload already.
+    Data(usize),
+    /// So many bytes were written.
+    Written(u32),
+    /// `stat`
+    Attr(Attr),
+    /// The flags of an open file (`FOPEN_*`)
+    Opened(u32),
+    /// `statfs`
+    Statfs(StatfsOut),
+    /// Where data or a hole begins, in bytes
+    Seek(u64),
+    /// None is expected.
+    Unanswered,
+}
+
+impl Reply {
+    /// Puts the reply into the payload and returns its length in bytes.
+    pub fn encode(&self, payload: &mut [u8]) -> usize {
+        fn put<T: Plain>(payload: &mut [u8], value: T) -> usize {
+            let bytes = value.as_bytes();
+            payload[..bytes.len()].copy_from_slice(bytes);
+            bytes.len()
+        }
+        match *self {
+            Reply::Done | Reply::Unanswered => 0,
+            Reply::Data(len) => len,
+            Reply::Written(size) => put(payload, WriteOut { size, padding: 0 }),
+            // Validity zero: sizes and times may change behind the kernel's back, and a stat is cheap.
+            Reply::Attr(attr) => put(payload, AttrOut { attr, ..Default::default() }),
+            Reply::Opened(open_flags) => put(payload, OpenOut { open_flags, ..Default::default() }),
+            Reply::Statfs(statfs) => put(payload, statfs),
+            Reply::Seek(offset) => put(payload, LseekOut { offset }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_are_those_of_the_kernel() {
+        let mut payload = [0; 256];
+        let len = |reply: Reply, payload: &mut [u8]| reply.encode(payload);
+        assert_eq!(len(Reply::Done, &mut payload), 0);
+        assert_eq!(len(Reply::Data(100), &mut payload), 100);
+        assert_eq!(len(Reply::Written(7), &mut payload), 8);
+        assert_eq!(payload[..4], [7, 0, 0, 0]);
+        assert_eq!(len(Reply::Attr(Attr::default()), &mut payload), 104);
+        assert_eq!(len(Reply::Opened(1), &mut payload), 16);
+        assert_eq!(len(Reply::Statfs(StatfsOut::default()), &mut payload), 80);
+        assert_eq!(len(Reply::Seek(9), &mut payload), 8);
+    }
+}

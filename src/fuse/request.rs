@@ -1,0 +1,174 @@
+//! Decoding: a request's header and arguments become an [`Op`] of plain values.
+//!
+//! All knowledge of opcodes is here. Nothing is borrowed: the data of a WRITE stays where the transport
+//! put it, and [`Op::Write`] says only how much of it there is.
+
+use super::abi::{self, FallocateIn, InHeader, LseekIn, OpenIn, Plain, ReadWriteIn, SetattrIn, opcode};
+use crate::errno::Errno;
+
+/// One request, decoded.
+#[derive(Clone, Copy, Debug)]
+pub enum Op {
+    /// `stat`
+    Getattr,
+    /// `chmod`, `chown`, `truncate`, `utimensat`
+    Setattr(SetattrIn),
+    /// `open`, with the flags of open(2)
+    Open {
+        /// `O_*`
+        flags: u32,
+    },
+    /// `pread`
+    Read {
+        /// In bytes
+        offset: u64,
+        /// In bytes
+        size: u32,
+    },
+    /// `pwrite`; the data is in the payload
+    Write {
+        /// In bytes
+        offset: u64,
+        /// In bytes
+        size: u32,
+        /// The file was opened with O_DSYNC or O_SYNC: answer when the data is on stable storage.
+        durable: bool,
+    },
+    /// `statfs`
+    Statfs,
+    /// The last close of an open file
+    Release,
+    /// `fsync`, `fdatasync`
+    Fsync,
+    /// A close
+    Flush,
+    /// `fallocate`
+    Fallocate {
+        /// In bytes
+        offset: u64,
+        /// In bytes
+        len: u64,
+        /// `FALLOC_FL_*`
+        mode: u32,
+    },
+    /// `lseek` with `SEEK_DATA` or `SEEK_HOLE`
+    Lseek {
+        /// In bytes
+        offset: u64,
+        /// `SEEK_*`
+        whence: u32,
+    },
+    /// The end of a mount that has a block device; there is nothing to do beyond answering.
+    Destroy,
+    /// FORGET, BATCH_FORGET and INTERRUPT: the kernel waits for no answer. The one node is never
+    /// forgotten, and requests end by themselves.
+    Unanswered,
+}
+
+impl Op {
+    /// Decodes `args`, the bytes after the header. `payload_len` bounds what a READ may ask for and a
+    /// WRITE may bring. `ENOSYS` for an operation that an exported file does not have, after which the
+    /// kernel does without it; `EINVAL` for one that breaks the protocol.
+    pub fn decode(header: &InHeader, args: &[u8], payload_len: usize) -> Result<Op, Errno> {
+        // What the kernel hands over beyond the header; it never leaves a first argument incomplete.
+        let need = |bytes: usize| if args.len() < bytes { Err(Errno::EINVAL) } else { Ok(()) };
+        let bounded = |size: u32| {
+            if size as usize > payload_len { Err(Errno::EINVAL) } else { Ok(size) }
+        };
+        Ok(match header.opcode {
+            opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT => Op::Unanswered,
+            _ if header.nodeid != abi::ROOT_ID && header.opcode != opcode::DESTROY => {
+                return Err(Errno::ENOENT);
+            }
+            opcode::GETATTR => Op::Getattr,
+            opcode::SETATTR => {
+                need(size_of::<SetattrIn>())?;
+                Op::Setattr(SetattrIn::read(args))
+            }
+            opcode::OPEN => {
+                need(size_of::<OpenIn>())?;
+                Op::Open { flags: OpenIn::read(args).flags }
+            }
+            opcode::READ => {
+                need(size_of::<ReadWriteIn>())?;
+                let arg = ReadWriteIn::read(args);
+                Op::Read { offset: arg.offset, size: bounded(arg.size)? }
+            }
+            opcode::WRITE => {
+                need(size_of::<ReadWriteIn>())?;
+                let arg = ReadWriteIn::read(args);
+                Op::Write {
+                    offset: arg.offset,
+                    size: bounded(arg.size)?,
+                    // O_SYNC includes the bit of O_DSYNC.
+                    durable: arg.flags & libc::O_DSYNC as u32 != 0,
+                }
+            }
+            opcode::STATFS => Op::Statfs,
+            opcode::RELEASE => Op::Release,
+            opcode::FSYNC => Op::Fsync,
+            opcode::FLUSH => Op::Flush,
+            opcode::FALLOCATE => {
+                need(size_of::<FallocateIn>())?;
+                let arg = FallocateIn::read(args);
+                Op::Fallocate { offset: arg.offset, len: arg.length, mode: arg.mode }
+            }
+            opcode::LSEEK => {
+                need(size_of::<LseekIn>())?;
+                let arg = LseekIn::read(args);
+                Op::Lseek { offset: arg.offset, whence: arg.whence }
+            }
+            opcode::DESTROY => Op::Destroy,
+            _ => return Err(Errno::ENOSYS),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(opcode: u32) -> InHeader {
+        InHeader { opcode, nodeid: abi::ROOT_ID, ..Default::default() }
+    }
+
+    #[test]
+    fn write_carries_offset_size_and_durability() {
+        let arg = ReadWriteIn {
+            offset: 4096,
+            size: 512,
+            flags: (libc::O_WRONLY | libc::O_SYNC) as u32,
+            ..Default::default()
+        };
+        let op = Op::decode(&header(opcode::WRITE), arg.as_bytes(), 1 << 20).unwrap();
+        assert!(matches!(op, Op::Write { offset: 4096, size: 512, durable: true }), "{op:?}");
+    }
+
+    #[test]
+    fn sizes_beyond_the_payload_are_refused() {
+        let arg = ReadWriteIn { size: 4097, ..Default::default() };
+        for code in [opcode::READ, opcode::WRITE] {
+            assert_eq!(Op::decode(&header(code), arg.as_bytes(), 4096).unwrap_err(), Errno::EINVAL);
+        }
+    }
+
+    #[test]
+    fn short_arguments_are_refused() {
+        for code in [opcode::SETATTR, opcode::OPEN, opcode::READ, opcode::WRITE, opcode::LSEEK] {
+            assert_eq!(Op::decode(&header(code), &[0; 7], 4096).unwrap_err(), Errno::EINVAL);
+        }
+    }
+
+    #[test]
+    fn unknown_operations_are_enosys_and_other_nodes_enoent() {
+        assert_eq!(Op::decode(&header(4095), &[], 4096).unwrap_err(), Errno::ENOSYS);
+        let other = InHeader { nodeid: 2, ..header(opcode::GETATTR) };
+        assert_eq!(Op::decode(&other, &[], 4096).unwrap_err(), Errno::ENOENT);
+    }
+
+    #[test]
+    fn forget_has_no_answer_whatever_the_node() {
+        let other = InHeader { nodeid: 99, ..header(opcode::FORGET) };
+        assert!(matches!(Op::decode(&other, &[], 4096), Ok(Op::Unanswered)));
+    }
+}

@@ -1,0 +1,45 @@
+//! diskfuse shows a disk as a file.
+//!
+//! ```text
+//!                   kernel
+//!        /dev/fuse |      | io_uring, a queue per CPU
+//!   transport::legacy    transport::uring      one thread each, a LocalExecutor on it
+//!                   \    /
+//!                 slot::Slot                   the token for one request
+//!                     |
+//!            fuse::request::Op                 decoded
+//!                     |
+//!              export::Export                  what it means for a disk
+//!                     |
+//!              backend::Lane                   one thread's way to the bytes
+//!              /            \
+//!       backend::file    backend::nbd
+//! ```
+//!
+//! Data flows one way: kernel → slot → request → export → backend → reply → kernel. A request stays on the
+//! thread that received it. The control thread ([`run`]) mounts, waits for a signal or the end of the
+//! connection, and unmounts; it never touches data.
+//!
+//! Modules that may use `unsafe`, and for what:
+//!
+//! | module | the fact it rests on |
+//! |---|---|
+//! | [`sys`] | arguments are values, or references that live for the call |
+//! | [`fuse::abi`] | structures without padding, checked by size |
+//! | [`transport::slot`] | each piece of the mapping has one owner |
+//! | [`transport::ring`] | memory given to the kernel is not used until its completion is reaped |
+//! | [`pool`] | a buffer on loan stays borrowed until the work has ended |
+
+pub mod backend;
+pub mod cli;
+pub mod errno;
+pub mod export;
+pub mod fuse;
+pub mod io;
+pub mod mount;
+pub mod pool;
+pub mod run;
+pub mod session;
+pub mod stats;
+pub mod sys;
+pub mod transport;

@@ -1,0 +1,78 @@
+//! Blocking reads and writes on the pool of blocking threads, into and from a borrowed buffer.
+
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+/// Reads at `offset` on another thread. The future must be polled to its end.
+pub async fn read_at(file: &Arc<File>, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    let (file, lent) = (file.clone(), Lent(buf.as_mut_ptr(), buf.len()));
+    let in_flight = InFlight;
+    // SAFETY: `buf` stays borrowed until the closure has ended: this future holds the borrow, and aborts
+    // when it is dropped before. Nobody else uses the buffer meanwhile, since the borrow is exclusive.
+    let result = smol::unblock(move || file.read_at(unsafe { lent.as_mut() }, offset)).await;
+    std::mem::forget(in_flight);
+    result
+}
+
+/// Writes at `offset` on another thread. The future must be polled to its end.
+pub async fn write_at(file: &Arc<File>, data: &[u8], offset: u64) -> io::Result<usize> {
+    let (file, lent) = (file.clone(), Lent(data.as_ptr().cast_mut(), data.len()));
+    let in_flight = InFlight;
+    // SAFETY: as in `read_at`; the data is only read.
+    let result = smol::unblock(move || file.write_at(unsafe { lent.as_ref() }, offset)).await;
+    std::mem::forget(in_flight);
+    result
+}
+
+/// A buffer on loan to the pool.
+struct Lent(*mut u8, usize);
+
+// SAFETY: the memory is plain bytes, and the borrow that it came from outlives the loan.
+unsafe impl Send for Lent {}
+
+impl Lent {
+    /// # Safety
+    /// The bytes must be borrowed, exclusively, for as long as the result is used.
+    unsafe fn as_mut<'a>(&self) -> &'a mut [u8] {
+        // SAFETY: pointer and length are those of a slice, and the caller promises the borrow.
+        unsafe { std::slice::from_raw_parts_mut(self.0, self.1) }
+    }
+
+    /// # Safety
+    /// The bytes must be borrowed for as long as the result is used.
+    unsafe fn as_ref<'a>(&self) -> &'a [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(self.0, self.1) }
+    }
+}
+
+/// Aborts when dropped: the pool may still be using the buffer, so going on could corrupt data without a
+/// trace. Handlers are polled to their end, so this is a bug.
+struct InFlight;
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        log::error!("a pool operation was dropped in flight");
+        std::process::abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_back_what_was_written() {
+        let file = Arc::new(crate::sys::memfd("pool").unwrap());
+        smol::block_on(async {
+            assert_eq!(write_at(&file, b"pool", 10).await.unwrap(), 4);
+            let mut buf = [0; 8];
+            assert_eq!(read_at(&file, &mut buf, 8).await.unwrap(), 6);
+            assert_eq!(&buf[..6], b"\0\0pool");
+        });
+    }
+}

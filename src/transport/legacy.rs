@@ -1,0 +1,259 @@
+//! The /dev/fuse path.
+//!
+//! Each worker thread has a descriptor of its own (`FUSE_DEV_IOC_CLONE`), a smol `LocalExecutor` that
+//! multiplexes it through async-io, and a lane. Requests come from one queue that all descriptors share;
+//! an answer goes back through the descriptor that its request came from.
+//!
+//! One worker at a time is *the reader*: it holds the [`Baton`], and only it polls or waits for requests.
+//! Waking every worker for each request would cost more than serving it. The reader hands the baton
+//! on before it begins what takes long (a large copy, a backlog), so that the others help when there is
+//! something to help with, and a lone client at depth 1 is served by one thread without a hop.
+//!
+//! The bound on requests in flight is each worker's slots: it reads only into free memory.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Poll, Waker};
+
+use async_io::Async;
+use smol::lock::Mutex;
+use smol::{LocalExecutor, future};
+
+use super::Server;
+use super::pace::Poller;
+use super::slot::{HEAD_LEN, Home, Memory, Slot};
+use crate::backend::Backend;
+use crate::errno::Errno;
+use crate::export::Export;
+use crate::fuse::abi::{InHeader, OutHeader, Plain, ReadWriteIn};
+use crate::io::Io;
+use crate::stats::ThreadStats;
+use crate::sys;
+
+/// A WRITE's header and arguments end where the payload begins, so that its data is page-aligned.
+const READ_AT: usize = HEAD_LEN - size_of::<InHeader>() - size_of::<ReadWriteIn>();
+/// An answer's header ends where its data begins, so that one write sends both.
+const REPLY_AT: usize = HEAD_LEN - size_of::<OutHeader>();
+/// A reader that has found so many requests in a row lets another worker read too.
+const BACKLOG: usize = 8;
+/// A request of so many bytes takes long enough to let another worker read meanwhile.
+const LONG: u32 = 64 << 10;
+
+/// After so many requests served on the spot, those that wait for their backend get their turn.
+const FAIRNESS: u32 = 16;
+
+/// The right to wait for requests.
+pub type Baton = Arc<Mutex<()>>;
+
+/// What a worker needs.
+pub struct Worker<B: Backend> {
+    /// Its own descriptor of the connection, not blocking.
+    pub device: OwnedFd,
+    /// What it serves.
+    pub export: Arc<Export<B>>,
+    /// Its counters.
+    pub stats: Arc<ThreadStats>,
+    /// Shared by the workers of one connection.
+    pub baton: Baton,
+    /// How many requests it may have in flight.
+    pub depth: usize,
+    /// Poll before sleeping. Off where only stragglers come this way.
+    pub polls: bool,
+}
+
+/// One worker's descriptor and free memory.
+struct Channel {
+    device: Async<OwnedFd>,
+    /// The last one used is used next: its pages are resident and in the cache.
+    free: RefCell<Vec<Memory>>,
+    /// The reading loop, when it found no free memory.
+    starved: RefCell<Option<Waker>>,
+}
+
+impl<B: Backend> Worker<B> {
+    /// Serves until the connection ends. An error is one of set-up or of /dev/fuse itself.
+    pub fn run(self) -> io::Result<()> {
+        let executor = Rc::new(LocalExecutor::new());
+        let io = Io::in_reactor(executor.clone());
+        let lane = self.export.backend().lane(&io)?;
+        let server = Server::new(self.export, lane, executor.clone(), self.stats.clone());
+        let channel = Rc::new(Channel {
+            device: Async::new_nonblocking(self.device)?,
+            free: RefCell::new(Memory::allocate(self.depth)?),
+            starved: RefCell::new(None),
+        });
+        let poller = Poller::new(self.polls);
+        let reading = async {
+            let result = channel.clone().read_requests(&server, &self.baton, poller, &self.stats).await;
+            server.drain().await;
+            result
+        };
+        let mut run = pin!(executor.run(reading));
+        async_io::block_on(std::future::poll_fn(|cx| {
+            let polled = run.as_mut().poll(cx);
+            // Everything that can run has run: what it asked of the ring goes out in one batch.
+            io.submit();
+            polled
+        }))
+    }
+}
+
+impl Channel {
+    async fn read_requests<B: Backend>(
+        self: Rc<Self>,
+        server: &Rc<Server<B>>,
+        baton: &Baton,
+        mut poller: Poller,
+        stats: &ThreadStats,
+    ) -> io::Result<()> {
+        loop {
+            let turn = baton.lock().await;
+            let mut in_a_row = 0;
+            let long = loop {
+                let memory = self.free_memory().await;
+                match self.read(memory) {
+                    Ok(slot) => {
+                        poller.busy();
+                        in_a_row += 1;
+                        if in_a_row == BACKLOG || slot.request_len() >= LONG {
+                            break slot;
+                        }
+                        server.serve(slot).await;
+                    }
+                    Err(Stop::Empty) => {
+                        in_a_row = 0;
+                        // Those that wait for their backend get their turn.
+                        future::yield_now().await;
+                        if poller.idle() {
+                            continue;
+                        }
+                        stats.sleeps.add(1);
+                        if server.in_flight() == 0 {
+                            self.give_back_pages();
+                        }
+                        self.device.readable().await?;
+                    }
+                    Err(Stop::Ended) => return Ok(()),
+                    Err(Stop::Failed(e)) => return Err(e),
+                }
+            };
+            drop(turn);
+            server.serve(long).await;
+            match self.help(server).await {
+                Stop::Empty => {}
+                Stop::Ended => return Ok(()),
+                Stop::Failed(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Serves, beside the reader, what there is.
+    async fn help<B: Backend>(self: &Rc<Self>, server: &Rc<Server<B>>) -> Stop {
+        let mut served = 0_u32;
+        loop {
+            let memory = self.free_memory().await;
+            match self.read(memory) {
+                Ok(slot) => server.serve(slot).await,
+                Err(stop) => return stop,
+            }
+            served += 1;
+            if served.is_multiple_of(FAIRNESS) {
+                future::yield_now().await;
+            }
+        }
+    }
+
+    async fn free_memory(&self) -> Memory {
+        std::future::poll_fn(|cx| match self.free.borrow_mut().pop() {
+            Some(memory) => Poll::Ready(memory),
+            None => {
+                *self.starved.borrow_mut() = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        })
+        .await
+    }
+
+    fn read(self: &Rc<Self>, mut memory: Memory) -> Result<Slot, Stop> {
+        loop {
+            match sys::read(&self.device, &mut memory.bytes_mut()[READ_AT..]) {
+                Ok(len) if len >= size_of::<InHeader>() => {
+                    let header: InHeader = memory.head_struct(READ_AT);
+                    let args = (READ_AT + size_of::<InHeader>(), len - size_of::<InHeader>());
+                    return Ok(Slot::new(memory, header, args, self.clone()));
+                }
+                Ok(len) => {
+                    let text = format!("/dev/fuse gave a request of {len} bytes");
+                    return Err(Stop::Failed(io::Error::other(text)));
+                }
+                Err(e) => match e.raw_os_error() {
+                    // ENOENT: the request was taken back while it was being read.
+                    Some(libc::EINTR | libc::ENOENT) => {}
+                    reason => {
+                        self.free.borrow_mut().push(memory);
+                        return Err(match reason {
+                            Some(libc::EAGAIN) => Stop::Empty,
+                            // Unmounted, or aborted (ECONNABORTED, with FUSE_ABORT_ERROR).
+                            Some(libc::ENODEV | libc::ECONNABORTED) => Stop::Ended,
+                            _ => Stop::Failed(e),
+                        });
+                    }
+                },
+            }
+        }
+    }
+
+    fn put_back(&self, memory: Memory) {
+        self.free.borrow_mut().push(memory);
+        self.starved.take().into_iter().for_each(Waker::wake);
+    }
+
+    fn give_back_pages(&self) {
+        self.free.borrow_mut().iter_mut().for_each(Memory::release);
+    }
+}
+
+enum Stop {
+    Empty,
+    Ended,
+    Failed(io::Error),
+}
+
+impl Home for Channel {
+    fn answer(&self, mut memory: Memory, unique: u64, result: Result<usize, Errno>) {
+        let (error, payload) = match result {
+            Ok(len) => (0, len),
+            Err(errno) => (errno.wire(), 0),
+        };
+        let len = size_of::<OutHeader>() + payload;
+        let header = OutHeader { len: len as u32, error, unique };
+        memory.put_head_struct(REPLY_AT, &header);
+        if let Err(e) = sys::write(&self.device, &memory.bytes()[REPLY_AT..REPLY_AT + len]) {
+            match e.raw_os_error() {
+                // The client was interrupted, or the connection has ended: nobody waits for it.
+                Some(libc::ENOENT | libc::ENODEV | libc::EPERM | libc::ECONNABORTED) => {}
+                _ => {
+                    log::error!("an answer of {payload} bytes was refused: {e}");
+                    let sorry = OutHeader {
+                        len: size_of::<OutHeader>() as u32,
+                        error: Errno::EIO.wire(),
+                        unique,
+                    };
+                    if let Err(e) = sys::write(&self.device, sorry.as_bytes()) {
+                        log::error!("and EIO instead of it: {e}");
+                    }
+                }
+            }
+        }
+        self.put_back(memory);
+    }
+
+    fn discard(&self, memory: Memory) {
+        self.put_back(memory);
+    }
+}

@@ -1,0 +1,121 @@
+//! The ways for requests to come and for answers to go: [`legacy`] (/dev/fuse) and [`uring`].
+//!
+//! Both hand [`slot::Slot`]s to a [`Server`], which is the same for both.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Poll, Waker};
+
+use smol::{LocalExecutor, future};
+
+use crate::backend::Backend;
+use crate::export::Export;
+use crate::fuse::reply::Reply;
+use crate::fuse::request::Op;
+use crate::stats::ThreadStats;
+use slot::Slot;
+
+pub mod legacy;
+pub mod pace;
+pub mod ring;
+pub mod slot;
+//pub mod uring;
+
+/// One thread's handlers: carries requests to the export and their answers back.
+pub struct Server<B: Backend> {
+    export: Arc<Export<B>>,
+    lane: B::Lane,
+    executor: Rc<LocalExecutor<'static>>,
+    stats: Arc<ThreadStats>,
+    in_flight: Cell<usize>,
+    /// Who waits for `in_flight` to become zero.
+    drained: RefCell<Option<Waker>>,
+}
+
+impl<B: Backend> Server<B> {
+    /// Handlers that use `lane`, and wait on `executor` for what the lane cannot give at once.
+    pub fn new(
+        export: Arc<Export<B>>,
+        lane: B::Lane,
+        executor: Rc<LocalExecutor<'static>>,
+        stats: Arc<ThreadStats>,
+    ) -> Rc<Server<B>> {
+        let (in_flight, drained) = (Cell::new(0), RefCell::new(None));
+        Rc::new(Server { export, lane, executor, stats, in_flight, drained })
+    }
+
+    /// Serves one request: answers it before it returns where that needs no waiting, else makes it a task
+    /// of its own.
+    pub async fn serve(self: &Rc<Self>, slot: Slot) {
+        // Boxed before it is known whether it waits: a future that was polled cannot move any more. A box is
+        // a fiftieth of what a request costs.
+        let mut request = Box::pin(self.clone().answer(slot));
+        if future::poll_once(&mut request).await.is_some() {
+            return;
+        }
+        self.stats.waited.add(1);
+        self.in_flight.set(self.in_flight.get() + 1);
+        let server = self.clone();
+        self.executor
+            .spawn(async move {
+                request.await;
+                server.in_flight.set(server.in_flight.get() - 1);
+                if server.in_flight.get() == 0 {
+                    server.drained.take().into_iter().for_each(Waker::wake);
+                }
+            })
+            .detach();
+    }
+
+    /// Requests that wait for their backend.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.get()
+    }
+
+    /// Waits until no request waits for its backend.
+    pub async fn drain(&self) {
+        std::future::poll_fn(|cx| {
+            if self.in_flight.get() == 0 {
+                return Poll::Ready(());
+            }
+            *self.drained.borrow_mut() = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    async fn answer(self: Rc<Self>, mut slot: Slot) {
+        let op = match slot.op() {
+            Ok(op) => op,
+            Err(errno) => {
+                log::debug!("opcode {}: {errno:?}", slot.opcode());
+                self.stats.others.add(1);
+                return slot.reply(Err(errno));
+            }
+        };
+        match op {
+            Op::Read { size, .. } => {
+                self.stats.reads.add(1);
+                self.stats.read_bytes.add(u64::from(size));
+            }
+            Op::Write { size, .. } => {
+                self.stats.writes.add(1);
+                self.stats.write_bytes.add(u64::from(size));
+            }
+            _ => self.stats.others.add(1),
+        }
+        match self.export.handle(&self.lane, op, slot.payload_mut()).await {
+            Ok(Reply::Unanswered) => slot.discard(),
+            Ok(reply) => {
+                let len = reply.encode(slot.payload_mut());
+                slot.reply(Ok(len));
+            }
+            Err(errno) => {
+                log::debug!("{op:?}: {errno:?}");
+                self.stats.errors.add(1);
+                slot.reply(Err(errno));
+            }
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! When to poll and when to sleep.
+//!
+//! Waking a sleeping thread on an idle virtual CPU costs more than the request it wakes for, so a short
+//! poll before sleeping is what makes depth 1 fast. It pays only where the next request comes within the
+//! time of the poll; each [`Poller`] finds that out from its own history.
+
+use std::time::{Duration, Instant};
+
+/// How long a poll lasts at most: about twice what a wake-up costs.
+const POLL: Duration = Duration::from_micros(50);
+/// Score limits: a poll that meets a request adds one, one in vain takes two away.
+const BEST: i32 = 16;
+const WORST: i32 = -8;
+/// While polling does not pay, one sleep in so many is preceded by a poll all the same, to learn whether
+/// times have changed.
+const PROBE: u32 = 64;
+
+/// Decides for one thread, whenever it has nothing to do, whether to look again or to sleep.
+#[derive(Debug)]
+pub struct Poller {
+    enabled: bool,
+    score: i32,
+    sleeps: u32,
+    /// The end of the poll under way.
+    until: Option<Instant>,
+}
+
+impl Poller {
+    /// One that polls if `enabled`, and else always sleeps.
+    pub fn new(enabled: bool) -> Poller {
+        Poller { enabled, score: 0, sleeps: 0, until: None }
+    }
+
+    /// Nothing is there: whether to look again, rather than sleep.
+    pub fn idle(&mut self) -> bool {
+        if let Some(until) = self.until {
+            if Instant::now() < until {
+                return true;
+            }
+            self.until = None;
+            self.score = (self.score - 2).max(WORST);
+            return false;
+        }
+        self.sleeps = self.sleeps.wrapping_add(1);
+        if self.enabled && (self.score >= 0 || self.sleeps.is_multiple_of(PROBE)) {
+            self.until = Some(Instant::now() + POLL);
+            return true;
+        }
+        false
+    }
+
+    /// A request is there.
+    pub fn busy(&mut self) {
+        if self.until.take().is_some() {
+            self.score = (self.score + 1).min(BEST);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Polls in vain until it would sleep; whether there was a poll at all.
+    fn polls_in_vain(poller: &mut Poller) -> bool {
+        let polled = poller.idle();
+        if polled {
+            poller.until = Some(Instant::now());
+            assert!(!poller.idle());
+        }
+        polled
+    }
+
+    #[test]
+    fn stops_polling_when_it_is_in_vain_and_probes_again() {
+        let mut poller = Poller::new(true);
+        let polls = (0..1000).filter(|_| polls_in_vain(&mut poller)).count();
+        assert!((10..30).contains(&polls), "{polls}");
+    }
+
+    #[test]
+    fn goes_back_to_polling_when_it_pays_again() {
+        let mut poller = Poller::new(true);
+        (0..100).for_each(|_| drop(polls_in_vain(&mut poller)));
+        for _ in 0..WORST.unsigned_abs() * PROBE {
+            if poller.idle() {
+                poller.busy();
+            }
+        }
+        for _ in 0..10 {
+            assert!(poller.idle());
+            poller.busy();
+        }
+    }
+
+    #[test]
+    fn never_polls_when_disabled() {
+        let mut poller = Poller::new(false);
+        assert!((0..1000).all(|_| !poller.idle()));
+    }
+}

@@ -1,0 +1,310 @@
+//! The memory of requests, and [`Slot`], the token for one of them.
+//!
+//! Who has a slot's memory: *kernel → transport → handler → transport → kernel*. It is always exactly one
+//! of them. A request reaches the handler as a `Slot`; answering consumes it, so that a second answer does
+//! not compile, and one that is dropped unanswered answers EIO and logs.
+//!
+//! Memory comes from an [`Arena`]: one mapping per serving thread, made at start, cut into pieces of
+//! a head and a payload. Its pages become resident when they are first used. The payload is page-aligned,
+//! so that a backend's direct I/O can use it, and data is never moved:
+//!
+//! ```text
+//!            head (4096)                        payload (1 MiB)
+//! /dev/fuse  ............| in header | args 40 | WRITE data / READ data / reply
+//!                                 | out header | ^ page boundary
+//! io_uring   in_out | op_in | ring_ent | ......| WRITE data / READ data / reply
+//! ```
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::ptr::NonNull;
+use std::rc::Rc;
+
+use crate::errno::Errno;
+use crate::fuse::abi::{InHeader, Plain};
+use crate::fuse::request::Op;
+
+/// The most that a READ asks for or a WRITE brings, in bytes: `max_write` of the INIT reply.
+pub const PAYLOAD_LEN: usize = 1 << 20;
+/// The head of a slot's memory, in bytes.
+pub const HEAD_LEN: usize = 4096;
+const STRIDE: usize = HEAD_LEN + PAYLOAD_LEN;
+/// Payload pages up to here stay resident when a burst is over, in bytes.
+const KEPT_LEN: usize = 64 << 10;
+
+/// One mapping, cut into [`Memory`]s.
+struct Arena {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+impl Arena {
+    fn new(count: usize) -> io::Result<Arena> {
+        let len = count * STRIDE;
+        // SAFETY: a new anonymous mapping touches no memory of ours. NORESERVE: most of it is never used.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).expect("mmap does not return null unasked");
+        let arena = Arena { base, len };
+        // SAFETY: the range is the mapping just made. Huge pages would make a 4 KiB request resident as
+        // 2 MiB; a kernel without them says EINVAL, which is as good.
+        unsafe { libc::madvise(arena.base.as_ptr().cast(), len, libc::MADV_NOHUGEPAGE) };
+        Ok(arena)
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and every `Memory` in it is gone: each holds an `Rc` of the arena.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+/// The memory of one slot: the only owner of its piece of the arena.
+pub struct Memory {
+    head: NonNull<u8>,
+    /// How much of the payload may be resident, in bytes.
+    touched: usize,
+    /// Keeps the mapping.
+    _arena: Rc<Arena>,
+}
+
+impl Memory {
+    /// Makes `count` of them. Fails with `ENOMEM` when address space runs out.
+    pub fn allocate(count: usize) -> io::Result<Vec<Memory>> {
+        let arena = Rc::new(Arena::new(count)?);
+        Ok((0..count)
+            .map(|i| {
+                // SAFETY: the arena is `count` strides long, and each stride goes to one `Memory`.
+                let head = unsafe { arena.base.add(i * STRIDE) };
+                Memory { head, touched: 0, _arena: arena.clone() }
+            })
+            .collect())
+    }
+
+    /// Head and payload together.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the stride is mapped while the arena lives, initialised (to zero), and ours alone.
+        unsafe { std::slice::from_raw_parts(self.head.as_ptr(), STRIDE) }
+    }
+
+    /// Head and payload together.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`, and `&mut self` makes the borrow exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.head.as_ptr(), STRIDE) }
+    }
+
+    /// The head and the payload as the kernel's `iovec`s, for a ring entry of `head_len` bytes of header.
+    pub fn iovecs(&mut self, head_len: usize) -> [libc::iovec; 2] {
+        let (head, payload) = self.bytes_mut().split_at_mut(HEAD_LEN);
+        [
+            libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head_len },
+            libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: payload.len() },
+        ]
+    }
+
+    /// Notes that the first `len` bytes of the payload were used.
+    pub fn touch(&mut self, len: usize) {
+        self.touched = self.touched.max(len.min(PAYLOAD_LEN));
+    }
+
+    /// Gives back the pages that a burst of large requests left. The payload's content is lost.
+    pub fn release(&mut self) {
+        if self.touched <= KEPT_LEN {
+            return;
+        }
+        let tail = &mut self.bytes_mut()[HEAD_LEN + KEPT_LEN..];
+        // SAFETY: the pages are ours, anonymous and private: they read as zeroes from now on, which is as
+        // initialised as before.
+        unsafe { libc::madvise(tail.as_mut_ptr().cast(), tail.len(), libc::MADV_DONTNEED) };
+        self.touched = KEPT_LEN;
+    }
+
+    /// A 40-byte structure and its like at `offset` of the head.
+    pub fn head_struct<T: Plain>(&self, offset: usize) -> T {
+        T::read(&self.bytes()[offset..HEAD_LEN])
+    }
+
+    /// Puts a structure at `offset` of the head.
+    pub fn put_head_struct<T: Plain>(&mut self, offset: usize, value: &T) {
+        self.bytes_mut()[offset..offset + size_of::<T>()].copy_from_slice(value.as_bytes());
+    }
+}
+
+/// Where a slot's memory goes with the answer: a transport.
+pub trait Home {
+    /// Answers request `unique` with so many bytes of the payload, or an error.
+    fn answer(&self, memory: Memory, unique: u64, result: Result<usize, Errno>);
+    /// Takes the memory back; the request has no answer.
+    fn discard(&self, memory: Memory);
+}
+
+/// One request, to be answered once.
+pub struct Slot {
+    /// Empty once answered.
+    memory: Option<Memory>,
+    header: InHeader,
+    /// Where the arguments begin in the memory, and how many bytes there are.
+    args: (usize, usize),
+    home: Rc<dyn Home>,
+}
+
+impl Slot {
+    /// A request that has arrived in `memory`, with `args_len` bytes of arguments at `args_offset`.
+    pub fn new(
+        mut memory: Memory,
+        header: InHeader,
+        (args_offset, args_len): (usize, usize),
+        home: Rc<dyn Home>,
+    ) -> Slot {
+        memory.touch(header.len as usize);
+        let args_len = args_len.min(STRIDE - args_offset);
+        Slot { memory: Some(memory), header, args: (args_offset, args_len), home }
+    }
+
+    fn memory(&self) -> &Memory {
+        self.memory.as_ref().expect("an unanswered slot has its memory")
+    }
+
+    /// What is asked.
+    pub fn op(&self) -> Result<Op, Errno> {
+        let (offset, len) = self.args;
+        Op::decode(&self.header, &self.memory().bytes()[offset..offset + len], PAYLOAD_LEN)
+    }
+
+    /// The opcode, for the log.
+    pub fn opcode(&self) -> u32 {
+        self.header.opcode
+    }
+
+    /// The length of the request or of the data that it asks for, in bytes: how much is copied for it.
+    pub fn request_len(&self) -> u32 {
+        match self.op() {
+            Ok(Op::Read { size, .. }) => size,
+            _ => self.header.len,
+        }
+    }
+
+    /// A WRITE's data, and room for what a reply carries.
+    pub fn payload_mut(&mut self) -> &mut [u8] {
+        let memory = self.memory.as_mut().expect("an unanswered slot has its memory");
+        &mut memory.bytes_mut()[HEAD_LEN..]
+    }
+
+    /// Answers with the first so many bytes of the payload, or an error.
+    pub fn reply(mut self, result: Result<usize, Errno>) {
+        let mut memory = self.memory.take().expect("an unanswered slot has its memory");
+        if let Ok(len) = result {
+            memory.touch(len);
+        }
+        self.home.answer(memory, self.header.unique, result);
+    }
+
+    /// Ends a request that has no answer.
+    pub fn discard(mut self) {
+        let memory = self.memory.take().expect("an unanswered slot has its memory");
+        self.home.discard(memory);
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            log::error!("a request (opcode {}) was dropped unanswered", self.header.opcode);
+            self.home.answer(memory, self.header.unique, Err(Errno::EIO));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    #[derive(Default)]
+    struct Recorder {
+        answers: RefCell<Vec<(u64, Result<usize, Errno>)>>,
+        memory: RefCell<Vec<Memory>>,
+    }
+
+    impl Home for Recorder {
+        fn answer(&self, memory: Memory, unique: u64, result: Result<usize, Errno>) {
+            self.answers.borrow_mut().push((unique, result));
+            self.memory.borrow_mut().push(memory);
+        }
+        fn discard(&self, memory: Memory) {
+            self.memory.borrow_mut().push(memory);
+        }
+    }
+
+    fn slot(home: &Rc<Recorder>) -> Slot {
+        let memory = Memory::allocate(1).unwrap().pop().unwrap();
+        let header = InHeader { unique: 42, ..Default::default() };
+        Slot::new(memory, header, (0, 0), home.clone())
+    }
+
+    #[test]
+    fn dropped_slot_answers_eio_once() {
+        let home = Rc::new(Recorder::default());
+        drop(slot(&home));
+        assert_eq!(*home.answers.borrow(), [(42, Err(Errno::EIO))]);
+        assert_eq!(home.memory.borrow().len(), 1);
+    }
+
+    #[test]
+    fn reply_is_the_only_answer() {
+        let home = Rc::new(Recorder::default());
+        slot(&home).reply(Ok(8));
+        assert_eq!(*home.answers.borrow(), [(42, Ok(8))]);
+    }
+
+    #[test]
+    fn discard_answers_nothing_and_returns_the_memory() {
+        let home = Rc::new(Recorder::default());
+        slot(&home).discard();
+        assert!(home.answers.borrow().is_empty());
+        assert_eq!(home.memory.borrow().len(), 1);
+    }
+
+    #[test]
+    fn memories_do_not_overlap_and_payloads_are_page_aligned() {
+        let mut all = Memory::allocate(3).unwrap();
+        for (i, m) in all.iter_mut().enumerate() {
+            m.bytes_mut().fill(i as u8 + 1);
+        }
+        for (i, m) in all.iter_mut().enumerate() {
+            assert!(m.bytes().iter().all(|&b| b == i as u8 + 1));
+            assert_eq!(m.iovecs(288)[1].iov_base as usize % 4096, 0);
+        }
+    }
+
+    #[test]
+    fn memory_outlives_its_siblings() {
+        let mut all = Memory::allocate(2).unwrap();
+        let mut last = all.pop().unwrap();
+        drop(all);
+        last.bytes_mut()[0] = 1;
+    }
+
+    #[test]
+    fn release_keeps_the_front_and_zeroes_the_rest() {
+        let mut memory = Memory::allocate(1).unwrap().pop().unwrap();
+        memory.bytes_mut().fill(9);
+        memory.touch(PAYLOAD_LEN);
+        memory.release();
+        assert_eq!(memory.bytes()[HEAD_LEN + KEPT_LEN - 1], 9);
+        assert_eq!(memory.bytes()[HEAD_LEN + KEPT_LEN], 0);
+    }
+}
