@@ -32,6 +32,8 @@ enum Engine {
     Reactor(OnceCell<Option<Rc<Ring>>>),
 }
 
+/// See [`Io::hop_len`].
+const RING_HOP_LEN: usize = 256 << 10;
 /// Room in a private ring between two submits, in entries.
 const PRIVATE_ENTRIES: u32 = 128;
 
@@ -99,6 +101,16 @@ impl Io {
         match self.ring() {
             Some(ring) => ring.write_at(&**file, data, offset).await,
             None => pool::write_at(file, data, offset).await,
+        }
+    }
+
+    /// From this length on, in bytes, a copy is worth a hop to another thread. A ring's queue is served by
+    /// its one thread, so a large copy elsewhere lets other CPUs take part; the workers of /dev/fuse share
+    /// their queue, so they do anyway.
+    pub fn hop_len(&self) -> usize {
+        match &self.engine {
+            Engine::Ring(_) => RING_HOP_LEN,
+            Engine::Reactor(_) => usize::MAX,
         }
     }
 

@@ -28,6 +28,7 @@
 //! | [`fuse::abi`] | structures without padding, checked by size |
 //! | [`transport::slot`] | each piece of the mapping has one owner |
 //! | [`transport::ring`] | memory given to the kernel is not used until its completion is reaped |
+//! | [`transport::entries`] | an entry's memory is moved in with the commit, and out with the completion |
 //! | [`pool`] | a buffer on loan stays borrowed until the work has ended |
 
 pub mod backend;

@@ -104,7 +104,7 @@ fn serve<B: Backend>(config: &Config, backend: Arc<B>, mut control: Control) -> 
         .map_err(|e| Failure::Source(format!("{}: {e}", config.source)))?;
     let export = Arc::new(export);
     let stats = Stats::default();
-    let session_options = session::Options { queue_depth: config.queue_depth };
+    let session_options = session::Options { io_uring: config.io_uring, queue_depth: config.queue_depth };
     let session = Session::start(device, &export, session_options, &stats, &control.poller)
         .map_err(|e| Failure::Mount(format!("{}: {e}", mount.path().display())))?;
     log::info!(

@@ -2,19 +2,21 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use polling::Poller;
 
 use crate::backend::Backend;
+use crate::cli::When;
 use crate::export::Export;
 use crate::fuse::abi::{self, InHeader, InitIn, InitOut, OutHeader, Plain, init, opcode};
 use crate::stats::{Stats, Transport};
 use crate::sys;
 use crate::transport::legacy::{Baton, Worker};
 use crate::transport::slot::PAYLOAD_LEN;
+use crate::transport::uring::{Progress, Queue};
 
 /// The kernel sends INIT as soon as the mount exists; this is for a machine that is very busy.
 const INIT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -35,9 +37,19 @@ const WANTED: u64 = init::ASYNC_READ
     | init::INIT_EXT
     | init::DIRECT_IO_ALLOW_MMAP;
 
+/// Entries of each ring queue, unless the user says otherwise: between these, and all queues together as
+/// many as [`RING_REQUESTS`]. The kernel's queue is that of the submitter's CPU and spills to no other, so a
+/// queue needs what one client keeps in flight; each entry maps 1 MiB, of which pages become resident
+/// when they are used.
+const RING_DEPTHS: (usize, usize) = (16, 128);
+/// See [`RING_DEPTHS`].
+const RING_REQUESTS: usize = 1024;
+
 /// How to serve.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
+    /// FUSE over io_uring.
+    pub io_uring: When,
     /// Requests in flight for each serving thread.
     pub queue_depth: Option<usize>,
 }
@@ -47,36 +59,112 @@ pub struct Session {
     threads: Vec<(String, JoinHandle<io::Result<()>>)>,
 }
 
+/// The queues' threads, waiting for INIT to be answered.
+struct Rings {
+    proceed: Vec<mpsc::Sender<()>>,
+    progress: mpsc::Receiver<Progress>,
+    depth: usize,
+}
+
 impl Session {
-    /// Answers INIT and starts to serve. `ended` is notified whenever a serving thread has ended.
+    /// Answers INIT and starts to serve. `ended` is notified whenever a serving thread has ended. An error
+    /// says what to do about it.
     pub fn start<B: Backend>(
         device: OwnedFd,
         export: &Arc<Export<B>>,
         options: Options,
         stats: &Stats,
         ended: &Arc<Poller>,
-    ) -> io::Result<Session> {
-        let (request, offer) = read_init(&device)?;
-        let depth = options.queue_depth.unwrap_or(WORKER_DEPTH);
-        let devices = worker_devices(device);
-        let reply = init_reply(&offer, depth * devices.len());
-        send_reply(&devices[0], request.unique, reply.as_bytes())?;
-
-        let baton = Baton::default();
+    ) -> Result<Session, String> {
+        let fuse = |e: io::Error| format!("/dev/fuse: {e}");
+        let (request, offer) = read_init(&device).map_err(fuse)?;
         let mut session = Session { threads: Vec::new() };
+        let devices = worker_devices(device);
+        let rings = match options.io_uring {
+            When::Off => None,
+            when => match session.start_rings(&devices[0], &offer, export, options, stats, ended) {
+                Ok(rings) => Some(rings),
+                Err(why) => {
+                    give_up_rings(when, &why)?;
+                    None
+                }
+            },
+        };
+        let worker_depth = options.queue_depth.unwrap_or(WORKER_DEPTH);
+        let ring_requests = rings.as_ref().map_or(0, |rings| rings.depth * rings.proceed.len());
+        let in_flight = ring_requests.max(worker_depth * devices.len());
+        let reply = init_reply(&offer, in_flight, rings.is_some());
+        send_reply(&devices[0], request.unique, reply.as_bytes()).map_err(fuse)?;
+
+        let mut by_ring = false;
+        if let Some(rings) = rings {
+            match rings.register() {
+                Ok(()) => by_ring = true,
+                Err(why) => give_up_rings(options.io_uring, &why)?,
+            }
+        }
+        let baton = Baton::default();
         for (i, device) in devices.into_iter().enumerate() {
             let worker = Worker {
                 device,
                 export: export.clone(),
                 stats: stats.thread(Transport::Legacy),
                 baton: baton.clone(),
-                depth,
-                polls: true,
+                depth: worker_depth,
+                // With rings, only stragglers and what needs no answer come by /dev/fuse.
+                polls: !by_ring,
             };
-            session.spawn(format!("fuse-{i}"), ended, move || worker.run())?;
+            session
+                .spawn(format!("fuse-{i}"), ended, move || worker.run())
+                .map_err(|e| format!("a thread cannot be started: {e}"))?;
         }
-        log::info!("serving by {}, {} workers", Transport::Legacy, session.threads.len());
+        let transport = if by_ring { Transport::Uring } else { Transport::Legacy };
+        log::info!("serving by {transport}, {} threads", session.threads.len());
         Ok(session)
+    }
+
+    /// Starts a thread for each of the kernel's queues, and waits until all have their rings.
+    fn start_rings<B: Backend>(
+        &mut self,
+        device: &OwnedFd,
+        offer: &InitIn,
+        export: &Arc<Export<B>>,
+        options: Options,
+        stats: &Stats,
+        ended: &Arc<Poller>,
+    ) -> Result<Rings, String> {
+        if flags(offer) & init::OVER_IO_URING == 0 {
+            return Err(not_offered());
+        }
+        let queues = sys::possible_cpus().map_err(|e| format!("the number of CPUs: {e}"))?;
+        let (least, most) = RING_DEPTHS;
+        let depth = options.queue_depth.unwrap_or((RING_REQUESTS / queues).clamp(least, most));
+        let device = device.try_clone().map(Arc::new).map_err(|e| e.to_string())?;
+        let (report, progress) = mpsc::channel();
+        let mut proceed = Vec::new();
+        for qid in 0..queues {
+            let (sender, receiver) = mpsc::channel();
+            proceed.push(sender);
+            let queue = Queue {
+                device: device.clone(),
+                qid: u16::try_from(qid).map_err(|_| "more than 65536 CPUs".to_owned())?,
+                depth,
+                export: export.clone(),
+                stats: stats.thread(Transport::Uring),
+            };
+            let report = report.clone();
+            self.spawn(format!("ring-{qid}"), ended, move || queue.run(report, receiver))
+                .map_err(|e| format!("a thread cannot be started: {e}"))?;
+        }
+        // The first failure ends it: dropping `proceed` ends the threads that are ready.
+        for _ in 0..queues {
+            match progress.recv() {
+                Ok(Progress::Ready) => {}
+                Ok(Progress::NoRing(e)) => return Err(no_ring(&e)),
+                other => return Err(format!("a queue's thread has ended early: {other:?}")),
+            }
+        }
+        Ok(Rings { proceed, progress, depth })
     }
 
     fn spawn(
@@ -115,6 +203,66 @@ impl Session {
             }
         }
         failed
+    }
+}
+
+impl Rings {
+    /// Has all threads register their entries, and waits until they have.
+    fn register(self) -> Result<(), String> {
+        let queues = self.proceed.len();
+        for proceed in self.proceed {
+            // A thread that has ended reports nothing below.
+            let _ = proceed.send(());
+        }
+        let mut refused = None;
+        for _ in 0..queues {
+            match self.progress.recv() {
+                Ok(Progress::Registered) => {}
+                Ok(Progress::Refused(e)) => refused = Some(e.to_string()),
+                other => refused = Some(format!("{other:?}")),
+            }
+        }
+        match refused {
+            Some(why) => Err(format!("the kernel refused the ring's entries: {why}")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Goes on without rings, unless the user insists on them.
+fn give_up_rings(when: When, why: &str) -> Result<(), String> {
+    if when == When::On {
+        return Err(format!("no FUSE over io_uring: {why}, or use --io-uring off"));
+    }
+    log::warn!("serving by /dev/fuse, no FUSE over io_uring: {why}");
+    Ok(())
+}
+
+/// Why the kernel did not offer io_uring, and the cure.
+fn not_offered() -> String {
+    const PARAMETER: &str = "/sys/module/fuse/parameters/enable_uring";
+    match std::fs::read_to_string(PARAMETER) {
+        Ok(value) if value.trim() == "N" => {
+            format!("it is switched off (echo Y > {PARAMETER} as root)")
+        }
+        Ok(_) => "the kernel did not offer it".into(),
+        Err(_) => "this kernel has none (Linux 6.14 with CONFIG_FUSE_IO_URING is needed)".into(),
+    }
+}
+
+/// Why there is no ring, and the cure.
+fn no_ring(e: &io::Error) -> String {
+    match e.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            "io_uring is forbidden here (sysctl kernel.io_uring_disabled=0, or a container's seccomp profile that allows it)".into()
+        }
+        Some(libc::ENOSYS) => {
+            "io_uring is not there (a kernel with CONFIG_IO_URING, or a seccomp profile that allows it)".into()
+        }
+        Some(libc::ENOMEM) => {
+            "not enough memory for the rings (a larger ulimit -l, or a smaller --queue-depth)".into()
+        }
+        _ => format!("a ring cannot be set up ({e})"),
     }
 }
 
@@ -184,10 +332,15 @@ fn read_init(device: &OwnedFd) -> io::Result<(InHeader, InitIn)> {
     }
 }
 
+/// The flags that the kernel offers.
+fn flags(offer: &InitIn) -> u64 {
+    u64::from(offer.flags) | u64::from(offer.flags2) << 32
+}
+
 /// What is asked of the kernel, given its offer and how many requests can be in flight.
-fn init_reply(offer: &InitIn, in_flight: usize) -> InitOut {
-    let offered = u64::from(offer.flags) | u64::from(offer.flags2) << 32;
-    let granted = WANTED & offered;
+fn init_reply(offer: &InitIn, in_flight: usize, over_io_uring: bool) -> InitOut {
+    let wanted = WANTED | if over_io_uring { init::OVER_IO_URING } else { 0 };
+    let granted = wanted & flags(offer);
     // Asynchronous direct I/O counts as background, and the kernel's default of 12 would throttle it.
     let max_background = in_flight.min(usize::from(u16::MAX)) as u16;
     InitOut {
@@ -218,7 +371,7 @@ mod tests {
     #[test]
     fn asks_only_for_what_is_offered() {
         let offer = InitIn { flags: init::ASYNC_DIO as u32, ..Default::default() };
-        let reply = init_reply(&offer, 256);
+        let reply = init_reply(&offer, 256, false);
         assert_eq!((reply.flags, reply.flags2), (init::ASYNC_DIO as u32, 0));
         assert_eq!((reply.max_background, reply.congestion_threshold), (256, 192));
     }
@@ -226,8 +379,9 @@ mod tests {
     #[test]
     fn flags_beyond_bit_31_travel_in_flags2() {
         let offer = InitIn { flags: u32::MAX, flags2: u32::MAX, ..Default::default() };
-        let reply = init_reply(&offer, 1_000_000);
+        let reply = init_reply(&offer, 1_000_000, true);
         assert_ne!(reply.flags2 & (init::DIRECT_IO_ALLOW_MMAP >> 32) as u32, 0);
+        assert_ne!(reply.flags2 & (init::OVER_IO_URING >> 32) as u32, 0);
         assert_eq!(reply.max_background, u16::MAX);
     }
 }

@@ -344,10 +344,20 @@ pub fn effective_ids() -> (u32, u32) {
     unsafe { (libc::geteuid(), libc::getegid()) }
 }
 
-/// The CPU that runs this thread now.
-pub fn current_cpu() -> usize {
-    // SAFETY: no arguments; it fails only where the call is missing, and 0 will do there.
-    usize::try_from(unsafe { libc::sched_getcpu() }).unwrap_or(0)
+/// How many CPUs this machine may ever have, which is how many queues FUSE over io_uring has
+/// (`num_possible_cpus()`).
+pub fn possible_cpus() -> io::Result<usize> {
+    let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
+    parse_cpu_list(text.trim()).ok_or_else(|| io::Error::other(format!("not a CPU list: {text}")))
+}
+
+/// Counts the CPUs of a list such as `0-3,8`.
+fn parse_cpu_list(list: &str) -> Option<usize> {
+    list.split(',').try_fold(0, |count, part| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
+        Some(count + (last + 1).checked_sub(first)?)
+    })
 }
 
 /// Where a thread may run.
@@ -393,4 +403,24 @@ impl CpuSet {
 pub fn exit_now(status: i32) -> ! {
     // SAFETY: `_exit` takes a value and does not return.
     unsafe { libc::_exit(status) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_lists() {
+        assert_eq!(parse_cpu_list("0"), Some(1));
+        assert_eq!(parse_cpu_list("0-63"), Some(64));
+        assert_eq!(parse_cpu_list("0-3,8,10-11"), Some(7));
+        assert_eq!(parse_cpu_list("3-0"), None);
+        assert_eq!(parse_cpu_list(""), None);
+    }
+
+    #[test]
+    fn a_cpu_set_holds_what_it_was_given() {
+        let set = CpuSet::only(1);
+        assert!(set.contains(1) && !set.contains(0) && !set.contains(100_000));
+    }
 }

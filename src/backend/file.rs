@@ -22,9 +22,6 @@ use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
 use crate::io::Io;
 use crate::{pool, sys};
 
-/// From this length on, in bytes, a copy from or to memory is worth more than a hop to another thread, so
-/// that large requests use every CPU.
-const HOP_LEN: usize = 256 << 10;
 /// Zeroes are written in pieces of this length, in bytes.
 const ZEROES_LEN: usize = 256 << 10;
 /// One byte far behind any data stands for "exported writable". Other programs' locks are elsewhere:
@@ -294,7 +291,7 @@ impl FileLane {
             let rest = &mut buf[done..];
             let at = offset + done as u64;
             let read = match self.backend.medium {
-                Medium::Memory if rest.len() < HOP_LEN => file.read_at(rest, at),
+                Medium::Memory if rest.len() < self.io.hop_len() => file.read_at(rest, at),
                 Medium::Memory => pool::read_at(file, rest, at).await,
                 Medium::Cached if may_wait => self.io.read_at(file, rest, at).await,
                 Medium::Cached => sys::read_at_nowait(file, rest, at),
@@ -318,7 +315,7 @@ impl FileLane {
             let rest = &data[done..];
             let at = offset + done as u64;
             let written = match self.backend.medium {
-                Medium::Memory if rest.len() < HOP_LEN => file.write_at(rest, at),
+                Medium::Memory if rest.len() < self.io.hop_len() => file.write_at(rest, at),
                 Medium::Memory => pool::write_at(file, rest, at).await,
                 Medium::Cached if may_wait => self.io.write_at(file, rest, at).await,
                 Medium::Cached => sys::write_at_nowait(file, rest, at),

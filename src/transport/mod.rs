@@ -16,11 +16,13 @@ use crate::fuse::request::Op;
 use crate::stats::ThreadStats;
 use slot::Slot;
 
+pub mod doorbell;
+pub mod entries;
 pub mod legacy;
 pub mod pace;
 pub mod ring;
 pub mod slot;
-//pub mod uring;
+pub mod uring;
 
 /// One thread's handlers: carries requests to the export and their answers back.
 pub struct Server<B: Backend> {

@@ -1,10 +1,12 @@
-//! When to poll and when to sleep.
+//! When to poll and when to sleep, and where to run.
 //!
 //! Waking a sleeping thread on an idle virtual CPU costs more than the request it wakes for, so a short
 //! poll before sleeping is what makes depth 1 fast. It pays only where the next request comes within the
 //! time of the poll; each [`Poller`] finds that out from its own history.
 
 use std::time::{Duration, Instant};
+
+use crate::sys::CpuSet;
 
 /// How long a poll lasts at most: about twice what a wake-up costs.
 const POLL: Duration = Duration::from_micros(50);
@@ -14,6 +16,11 @@ const WORST: i32 = -8;
 /// While polling does not pay, one sleep in so many is preceded by a poll all the same, to learn whether
 /// times have changed.
 const PROBE: u32 = 64;
+
+/// Average batches, times 16, at which a thread is pinned and let go.
+const SMALL_BATCH: usize = 2 * 16;
+/// See [`SMALL_BATCH`].
+const LARGE_BATCH: usize = 4 * 16;
 
 /// Decides for one thread, whenever it has nothing to do, whether to look again or to sleep.
 #[derive(Debug)]
@@ -53,6 +60,41 @@ impl Poller {
     pub fn busy(&mut self) {
         if self.until.take().is_some() {
             self.score = (self.score + 1).min(BEST);
+        }
+    }
+}
+
+/// Decides where a queue's thread runs: on its queue's CPU while it is woken for a request or two, since
+/// there the client's data is in the cache and no other CPU has to be woken; anywhere once batches grow, so
+/// that the client goes on submitting while they are served.
+pub struct Pin {
+    home: CpuSet,
+    anywhere: Option<CpuSet>,
+    pinned: bool,
+    /// A moving average of the requests of a wake-up, times 16.
+    average: usize,
+}
+
+impl Pin {
+    /// For the queue of `cpu`; never pins where this thread may not run there.
+    pub fn new(cpu: usize) -> Pin {
+        let anywhere = CpuSet::current().ok().filter(|set| set.contains(cpu));
+        Pin { home: CpuSet::only(cpu), anywhere, pinned: false, average: 16 }
+    }
+
+    /// So many requests came at once.
+    pub fn batch(&mut self, requests: usize) {
+        let Some(anywhere) = &self.anywhere else { return };
+        self.average = (self.average * 15 + requests * 16) / 16;
+        // Two thresholds, or it would move for ever between them.
+        let pin = if self.pinned { self.average <= LARGE_BATCH } else { self.average <= SMALL_BATCH };
+        if pin != self.pinned {
+            let set = if pin { &self.home } else { anywhere };
+            // A CPU may go offline: then the thread stays where it is.
+            if let Err(e) = set.apply() {
+                log::debug!("sched_setaffinity: {e}");
+            }
+            self.pinned = pin;
         }
     }
 }

@@ -56,6 +56,7 @@ impl Ring {
             .dontfork()
             .setup_single_issuer()
             .setup_defer_taskrun()
+            .setup_taskrun_flag()
             .setup_submit_all()
             .setup_cqsize(entries.next_power_of_two() * 4)
             .build(entries.next_power_of_two())?;
@@ -78,6 +79,19 @@ impl Ring {
     /// Whether entries were pushed that the kernel has not seen.
     pub fn has_unsubmitted(&self) -> bool {
         self.unsubmitted.get() > 0
+    }
+
+    /// Whether an enter would complete something now: the kernel sets a flag in the shared ring
+    /// (`IORING_SQ_TASKRUN`), so that polling needs no system call.
+    pub fn has_work(&self) -> bool {
+        let uring = self.uring.borrow();
+        // SAFETY: `RefCell` says that nobody holds the queue mutably, and this thread is its only user.
+        unsafe { uring.submission_shared() }.taskrun()
+    }
+
+    /// Whether completions wait to be reaped.
+    pub fn has_completions(&self) -> bool {
+        !self.uring.borrow_mut().completion().is_empty()
     }
 
     /// Whether an operation is in flight.

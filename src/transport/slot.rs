@@ -75,6 +75,7 @@ impl Drop for Arena {
 /// The memory of one slot: the only owner of its piece of the arena.
 pub struct Memory {
     head: NonNull<u8>,
+    index: usize,
     /// How much of the payload may be resident, in bytes.
     touched: usize,
     /// Keeps the mapping.
@@ -89,9 +90,14 @@ impl Memory {
             .map(|i| {
                 // SAFETY: the arena is `count` strides long, and each stride goes to one `Memory`.
                 let head = unsafe { arena.base.add(i * STRIDE) };
-                Memory { head, touched: 0, _arena: arena.clone() }
+                Memory { head, index: i, touched: 0, _arena: arena.clone() }
             })
             .collect())
+    }
+
+    /// Which of those allocated together it is, from 0.
+    pub fn index(&self) -> usize {
+        self.index
     }
 
     /// Head and payload together.
