@@ -49,6 +49,27 @@ struct Words {
     #[argh(option, arg_name = "when")]
     allow_other: Option<String>,
 
+    /// go to the background once the file can be used; until then, and if it fails, as in the foreground
+    #[argh(switch)]
+    daemonize: bool,
+
+    /// a file for the process id: written once the file can be used, locked, and removed at the end
+    #[argh(option, arg_name = "path")]
+    pidfile: Option<String>,
+
+    /// serve while this shell command runs, and exit with its status; $DISKFUSE_FILE names the file, and
+    /// MOUNTPOINT may be left out
+    #[argh(option, arg_name = "cmd")]
+    run: Option<String>,
+
+    /// print what SOURCE is, and end
+    #[argh(option, arg_name = "source")]
+    info: Option<String>,
+
+    /// print --info as JSON
+    #[argh(switch)]
+    json: bool,
+
     /// print the version
     #[argh(switch)]
     version: bool,
@@ -92,8 +113,8 @@ impl std::fmt::Display for Source {
 pub struct Config {
     /// Where the bytes are.
     pub source: Source,
-    /// The regular file that shows them.
-    pub mountpoint: PathBuf,
+    /// The regular file that shows them; none, with `run`: one in a temporary folder.
+    pub mountpoint: Option<PathBuf>,
     /// Never write to the source.
     pub read_only: bool,
     /// FUSE over io_uring.
@@ -110,6 +131,12 @@ pub struct Config {
     pub uid: Option<u32>,
     /// The file's group; none: that of who runs this.
     pub gid: Option<u32>,
+    /// Go to the background once the file can be used.
+    pub daemonize: bool,
+    /// A file for the process id.
+    pub pidfile: Option<PathBuf>,
+    /// Serve while this shell command runs.
+    pub run: Option<String>,
 }
 
 /// What is to be done.
@@ -117,6 +144,13 @@ pub struct Config {
 pub enum Command {
     /// Export a disk.
     Serve(Config),
+    /// Say what a source is.
+    Info {
+        /// What is asked about.
+        source: Source,
+        /// As JSON.
+        json: bool,
+    },
     /// Print this and end well.
     Print(String),
 }
@@ -138,9 +172,9 @@ fn usage(why: impl Into<String>) -> UsageError {
 }
 
 /// The options that take a value, for `name=value`.
-const WITH_VALUE: [&str; 3] = ["io-uring", "queue-depth", "allow-other"];
+const WITH_VALUE: [&str; 5] = ["io-uring", "queue-depth", "allow-other", "pidfile", "run"];
 /// The options that take none.
-const SWITCHES: [&str; 3] = ["read-only", "growable", "direct"];
+const SWITCHES: [&str; 4] = ["read-only", "growable", "direct", "daemonize"];
 /// Words of mount(8) and fstab(5) that mean nothing here, or are so anyway.
 const MOUNT_WORDS: [&str; 14] = [
     "defaults", "auto", "noauto", "user", "nouser", "users", "nofail", "_netdev", "nosuid", "nodev",
@@ -186,16 +220,30 @@ impl Words {
                 self.mount_option(option, &mut uid, &mut gid)?;
             }
         }
-        let [source, mountpoint] = &self.operands[..] else {
-            return Err(usage(match self.operands.len() {
-                0 => "SOURCE and MOUNTPOINT are missing".to_owned(),
-                1 => format!("MOUNTPOINT is missing (SOURCE is {})", self.operands[0]),
-                _ => format!("one SOURCE and one MOUNTPOINT, not also {}", self.operands[2]),
-            }));
+        if let Some(source) = &self.info {
+            if let Some(word) = self.operands.first() {
+                return Err(usage(format!("--info takes one SOURCE, not also {word}")));
+            }
+            return Ok(Command::Info { source: parse_source(source)?, json: self.json });
+        }
+        if self.json {
+            return Err(usage("--json goes with --info"));
+        }
+        if self.daemonize && self.run.is_some() {
+            return Err(usage("--daemonize and --run exclude each other"));
+        }
+        let (source, mountpoint) = match &self.operands[..] {
+            [source, mountpoint] => (source, Some(PathBuf::from(mountpoint))),
+            [source] if self.run.is_some() => (source, None),
+            [] => return Err(usage("SOURCE and MOUNTPOINT are missing")),
+            [source] => return Err(usage(format!("MOUNTPOINT is missing (SOURCE is {source})"))),
+            [_, _, more, ..] => {
+                return Err(usage(format!("one SOURCE and one MOUNTPOINT, not also {more}")));
+            }
         };
         Ok(Command::Serve(Config {
             source: parse_source(source)?,
-            mountpoint: PathBuf::from(mountpoint),
+            mountpoint,
             read_only: self.read_only,
             io_uring: parse_when("--io-uring", self.io_uring.as_deref(), When::Auto)?,
             queue_depth: self.queue_depth.as_deref().map(parse_depth).transpose()?,
@@ -204,6 +252,9 @@ impl Words {
             allow_other: parse_when("--allow-other", self.allow_other.as_deref(), When::Off)?,
             uid,
             gid,
+            daemonize: self.daemonize,
+            pidfile: self.pidfile.map(PathBuf::from),
+            run: self.run,
         }))
     }
 
@@ -229,6 +280,9 @@ impl Words {
             ("read-only", None) => self.read_only = true,
             ("growable", None) => self.growable = true,
             ("direct", None) => self.direct = true,
+            ("daemonize", None) => self.daemonize = true,
+            ("pidfile", Some(value)) => self.pidfile = Some(value.into()),
+            ("run", Some(value)) => self.run = Some(value.into()),
             ("io-uring", Some(value)) => self.io_uring = Some(value.into()),
             ("queue-depth", Some(value)) => self.queue_depth = Some(value.into()),
             ("allow-other", Some(value)) => self.allow_other = Some(value.into()),
@@ -323,7 +377,7 @@ mod tests {
     fn defaults() {
         let config = config("disk.img ./disk");
         assert_eq!(config.source, Source::Path("disk.img".into()));
-        assert_eq!(config.mountpoint, PathBuf::from("./disk"));
+        assert_eq!(config.mountpoint, Some(PathBuf::from("./disk")));
         assert!(!config.read_only && !config.growable && !config.direct);
         assert_eq!((config.io_uring, config.allow_other), (When::Auto, When::Off));
     }
@@ -370,6 +424,21 @@ mod tests {
         assert!(error("a b --nonsense").contains("--nonsense"));
         assert!(error("mem:lots b").contains("mem:SIZE"));
         assert!(error("ftp://x b").contains("ftp://"));
+    }
+
+    #[test]
+    fn run_may_leave_out_the_mountpoint() {
+        assert_eq!(config("a --run true").mountpoint, None);
+        assert!(config("a b --run true").mountpoint.is_some());
+        assert!(error("a --run true --daemonize").contains("exclude"));
+    }
+
+    #[test]
+    fn info_takes_a_source() {
+        let source = Source::Memory(4096);
+        assert_eq!(words("--info mem:4K --json"), Ok(Command::Info { source, json: true }));
+        assert!(error("--info a b").contains("not also b"));
+        assert!(error("--json a b").contains("--info"));
     }
 
     #[test]

@@ -33,9 +33,11 @@
 
 pub mod backend;
 pub mod cli;
+pub mod daemon;
 pub mod errno;
 pub mod export;
 pub mod fuse;
+pub mod info;
 pub mod io;
 pub mod mount;
 pub mod pool;

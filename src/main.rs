@@ -3,43 +3,80 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use diskfuse::{cli, run};
+use diskfuse::cli::{self, Command, Config};
+use diskfuse::daemon::{self, Process};
+use diskfuse::run;
 
 /// Exit status for a command line that makes no sense.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
-        .format(|out, record| match record.level() {
-            log::Level::Error | log::Level::Warn => writeln!(out, "diskfuse: {}", record.args()),
-            level => {
-                let level = level.as_str().to_lowercase();
-                writeln!(out, "diskfuse: {} {level}: {}", out.timestamp_micros(), record.args())
-            }
-        })
-        .init();
     let words: Result<Vec<String>, _> =
         std::env::args_os().skip(1).map(std::ffi::OsString::into_string).collect();
     let command = match words {
         Ok(words) => cli::parse(&words).map_err(|e| e.to_string()),
         Err(word) => Err(format!("{}: not UTF-8", word.display())),
     };
+    start_log();
     match command {
-        Ok(cli::Command::Print(text)) => {
-            // Who closes the pipe early does not want the rest.
-            let _ = std::io::stdout().write_all(text.as_bytes());
-            ExitCode::SUCCESS
-        }
-        Ok(cli::Command::Serve(config)) => match run::run(&config) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(failure) => {
-                eprintln!("diskfuse: {failure}");
-                ExitCode::from(failure.status())
-            }
+        Ok(Command::Print(text)) => print(&text),
+        Ok(Command::Info { source, json }) => match run::info(&source, json) {
+            Ok(text) => print(&text),
+            Err(failure) => fail(&failure.to_string(), failure.status()),
         },
-        Err(why) => {
-            eprintln!("diskfuse: {why}");
-            ExitCode::from(USAGE)
+        Ok(Command::Serve(config)) => serve(&config),
+        Err(why) => fail(&why, USAGE),
+    }
+}
+
+fn serve(config: &Config) -> ExitCode {
+    let background = match config.daemonize.then(daemon::split).transpose() {
+        Ok(None) => None,
+        Ok(Some(Process::Background(background))) => Some(background),
+        Ok(Some(Process::Foreground(status))) => return status,
+        Err(e) => return fail(&format!("no second process: {e}"), 1),
+    };
+    match run::run(config, background) {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => fail(&failure.to_string(), failure.status()),
+    }
+}
+
+fn fail(why: &str, status: u8) -> ExitCode {
+    daemon::say(why);
+    ExitCode::from(status)
+}
+
+fn print(text: &str) -> ExitCode {
+    // Who closes the pipe early does not want the rest.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+/// Warnings and errors; RUST_LOG asks for more.
+fn start_log() {
+    /// Passes whole messages on.
+    struct Say;
+
+    impl Write for Say {
+        fn write(&mut self, message: &[u8]) -> std::io::Result<usize> {
+            daemon::say(String::from_utf8_lossy(message).trim_end());
+            Ok(message.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
         }
     }
+
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .format(|out, record| match record.level() {
+            log::Level::Error | log::Level::Warn => writeln!(out, "{}", record.args()),
+            level => {
+                let level = level.as_str().to_lowercase();
+                writeln!(out, "{} {level}: {}", out.timestamp_micros(), record.args())
+            }
+        })
+        .target(env_logger::Target::Pipe(Box::new(Say)))
+        .init();
 }

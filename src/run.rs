@@ -4,17 +4,25 @@
 //! its own: it must go on working whatever the serving threads and their reactors do. It is also the only
 //! one that unmounts: the kernel holds an unmount until no request waits, so a thread that serves may not.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use polling::{Event, Events, Poller};
+use tempfile::TempDir;
 
 use crate::backend::Backend;
 use crate::backend::file::{self, FileBackend};
 use crate::cli::{Config, Source, When};
+use crate::daemon::{self, Background, Pidfile};
 use crate::export::{Export, Policy};
+use crate::info::{self, LocalInfo};
 use crate::mount::{self, Mount, Mountpoint, Unmounted};
 use crate::session::{self, Session};
 use crate::stats::{Stats, Transport};
@@ -22,6 +30,8 @@ use crate::sys;
 
 /// How long clients may go on after the first signal, before their file is taken away.
 const GRACE: Duration = Duration::from_secs(3);
+/// Signals that come within this time of the first are one.
+const SAME_WISH: Duration = Duration::from_millis(100);
 /// How often an unmount is tried again meanwhile.
 const RETRY: Duration = Duration::from_millis(100);
 /// How long serving threads may take to end once the connection has ended, before the process ends
@@ -58,54 +68,83 @@ impl std::fmt::Display for Failure {
     }
 }
 
-/// Exports until the end.
-pub fn run(config: &Config) -> Result<(), Failure> {
+/// Exports until the end, and gives the exit status: that of the command in `--run`, else 0.
+pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failure> {
     // Before any thread is started, so that all of them leave these signals to the control thread.
-    let control = Control::new().map_err(|e| Failure::Serving(format!("signals: {e}")))?;
-    let options = file::Options { read_only: config.read_only, direct: config.direct };
-    let backend = match &config.source {
-        Source::Path(path) => FileBackend::open(path, options),
-        Source::Memory(size) => FileBackend::memory(*size, options),
-    };
-    serve(config, backend.map_err(|e| Failure::Source(e.to_string()))?, control)
+    let control = Control::new(config.run.is_some())
+        .map_err(|e| Failure::Serving(format!("signals: {e}")))?;
+    let backend = open_local(&config.source, file_options(config));
+    serve(config, backend.map_err(Failure::Source)?, control, background)
 }
 
-fn serve<B: Backend>(config: &Config, backend: Arc<B>, mut control: Control) -> Result<(), Failure> {
-    let (uid, gid) = sys::effective_ids();
-    let mountpoint = Mountpoint::prepare(&config.mountpoint).map_err(mount_failure)?;
+fn file_options(config: &Config) -> file::Options {
+    file::Options { read_only: config.read_only, direct: config.direct }
+}
+
+fn open_local(source: &Source, options: file::Options) -> Result<Arc<FileBackend>, String> {
+    match source {
+        Source::Path(path) => FileBackend::open(path, options),
+        Source::Memory(size) => FileBackend::memory(*size, options),
+    }
+    .map_err(|e| e.to_string())
+}
+
+/// What a source is, as text or JSON.
+pub fn info(source: &Source, json: bool) -> Result<String, Failure> {
+    let fail = |e: &dyn std::fmt::Display| Failure::Source(format!("{source}: {e}"));
+    // Asking must not lock out who wants to write; whether the source may be written is asked for separately.
+    let options = file::Options { read_only: true, direct: false };
+    let backend = open_local(source, options).map_err(Failure::Source)?;
+    let mut info = LocalInfo::of(source.to_string(), &backend).map_err(|e| fail(&e))?;
+    if let Source::Path(path) = source {
+        info.read_only = std::fs::OpenOptions::new().write(true).open(path).is_err();
+    } else {
+        info.read_only = false;
+    }
+    info.resizable = !info.read_only && info.kind != "block device";
+    info::text(&info, json).map_err(|e| fail(&e))
+}
+
+/// The mountpoint that was asked for, or one of its own in a temporary folder that goes with it.
+fn place(config: &Config) -> Result<(PathBuf, Option<TempDir>), Failure> {
+    if let Some(path) = &config.mountpoint {
+        return Ok((path.clone(), None));
+    }
+    let folder = tempfile::Builder::new().prefix("diskfuse-").tempdir();
+    let folder = folder.map_err(|e| Failure::Mount(format!("a temporary folder: {e}")))?;
+    let name = match &config.source {
+        Source::Path(path) => path.file_name(),
+        Source::Memory(_) => None,
+    };
+    Ok((folder.path().join(name.unwrap_or("disk".as_ref())), Some(folder)))
+}
+
+fn serve<B: Backend>(
+    config: &Config,
+    backend: Arc<B>,
+    mut control: Control,
+    background: Option<Background>,
+) -> Result<u8, Failure> {
+    let mut pidfile =
+        config.pidfile.as_deref().map(Pidfile::lock).transpose().map_err(Failure::Serving)?;
+    let (path, _folder) = place(config)?;
     let read_only = config.read_only || backend.capabilities().read_only;
-    let policy = |allow_other| Policy {
+    let (mount, device, allow_other) = mount(config, &path, read_only)?;
+    let (uid, gid) = sys::effective_ids();
+    let policy = Policy {
         writable: !read_only,
         growable: config.growable,
         allow_other,
         uid: config.uid.unwrap_or(uid),
         gid: config.gid.unwrap_or(gid),
     };
-    let options = |allow_other| mount::Options {
-        source: config.source.to_string(),
-        read_only,
-        allow_other,
-    };
-    let (mount, device, allow_other) = match config.allow_other {
-        When::Off => mountpoint.mount(&options(false)).map(|(m, d)| (m, d, false)),
-        When::On => mountpoint.mount(&options(true)).map(|(m, d)| (m, d, true)),
-        When::Auto => match mountpoint.mount(&options(true)) {
-            Ok((m, d)) => Ok((m, d, true)),
-            Err(refused) => {
-                log::info!("allow_other is not to be had: {refused}");
-                let mountpoint = Mountpoint::prepare(&config.mountpoint).map_err(mount_failure)?;
-                mountpoint.mount(&options(false)).map(|(m, d)| (m, d, false))
-            }
-        },
-    }
-    .map_err(mount_failure)?;
-
-    let export = Export::new(backend, policy(allow_other))
+    let export = Export::new(backend, policy)
         .map_err(|e| Failure::Source(format!("{}: {e}", config.source)))?;
     let export = Arc::new(export);
     let stats = Stats::default();
-    let session_options = session::Options { io_uring: config.io_uring, queue_depth: config.queue_depth };
-    let session = Session::start(device, &export, session_options, &stats, &control.poller)
+    let options =
+        session::Options { io_uring: config.io_uring, queue_depth: config.queue_depth };
+    let session = Session::start(device, &export, options, &stats, &control.poller)
         .map_err(|e| Failure::Mount(format!("{}: {e}", mount.path().display())))?;
     log::info!(
         "{} is at {}{}",
@@ -114,38 +153,65 @@ fn serve<B: Backend>(config: &Config, backend: Arc<B>, mut control: Control) -> 
         if export.writable() { "" } else { ", read-only" }
     );
 
-    let ended = control.supervise(session, mount);
+    let announced = control.announce(config, mount.path(), &mut pidfile, background);
+    if announced.is_err() {
+        control.stop_at_once();
+    }
+    let (ended, status) = control.supervise(session, mount);
     for transport in [Transport::Uring, Transport::Legacy] {
         log::info!("served by {}", stats.line(transport));
     }
-    let flushed = export.last_flush();
-    if let Err(e) = &flushed {
-        log::debug!("last flush: {e}");
-    }
-    let result = match (ended, flushed) {
-        (_, Err(e)) => Err(Failure::Serving(format!(
-            "{}: the last flush failed, so writes may be lost: {e}",
-            config.source
-        ))),
-        (Ended::Failed, _) => Err(Failure::Serving("it stopped serving, see above".into())),
-        _ if export.flush_failed() => Err(Failure::Serving(format!(
-            "{}: a flush failed while it was served, so writes may be lost",
-            config.source
-        ))),
-        _ => Ok(()),
-    };
+    let result = announced.and_then(|()| verdict(config, &export, ended)).map(|()| status);
     if ended == Ended::Abandoned {
         // Threads still use the lane and the connection: leave without their destructors.
+        drop(pidfile);
         if let Err(failure) = &result {
-            eprintln!("diskfuse: {failure}");
+            daemon::say(&failure.to_string());
         }
-        sys::exit_now(result.map_or_else(|failure| i32::from(failure.status()), |()| 0));
+        sys::exit_now(i32::from(result.unwrap_or_else(|failure| failure.status())));
     }
     result
 }
 
-fn mount_failure(e: mount::MountError) -> Failure {
-    Failure::Mount(e.to_string())
+/// The last flush, and whether all is well.
+fn verdict<B: Backend>(config: &Config, export: &Export<B>, ended: Ended) -> Result<(), Failure> {
+    let source = &config.source;
+    if let Err(e) = export.last_flush() {
+        return Err(Failure::Serving(format!(
+            "{source}: the last flush failed, so writes may be lost: {e}"
+        )));
+    }
+    if export.flush_failed() {
+        return Err(Failure::Serving(format!(
+            "{source}: a flush failed while it was served, so writes may be lost"
+        )));
+    }
+    if ended == Ended::Failed {
+        return Err(Failure::Serving(format!("{source}: no longer served, see above")));
+    }
+    Ok(())
+}
+
+fn mount(
+    config: &Config,
+    path: &Path,
+    read_only: bool,
+) -> Result<(Mount, OwnedFd, bool), Failure> {
+    let attempt = |allow_other| {
+        let source = config.source.to_string();
+        let options = mount::Options { source, read_only, allow_other };
+        let mounted = Mountpoint::prepare(path).and_then(|mountpoint| mountpoint.mount(&options));
+        mounted.map(|(mount, device)| (mount, device, allow_other))
+    };
+    match config.allow_other {
+        When::Off => attempt(false),
+        When::On => attempt(true),
+        When::Auto => attempt(true).or_else(|refused| {
+            log::info!("allow_other is not to be had: {refused}");
+            attempt(false)
+        }),
+    }
+    .map_err(|e| Failure::Mount(e.to_string()))
 }
 
 /// How a session ended.
@@ -164,61 +230,166 @@ struct Control {
     poller: Arc<Poller>,
     signals: OwnedFd,
     events: Events,
+    /// The command of `--run`.
+    command: Option<Child>,
+    stop: Option<Stop>,
 }
 
 impl Control {
-    fn new() -> io::Result<Control> {
-        let signals = sys::signal_fd(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
+    fn new(watch_command: bool) -> io::Result<Control> {
+        let mut signals = vec![libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+        signals.extend(watch_command.then_some(libc::SIGCHLD));
+        let signals = sys::signal_fd(&signals)?;
         let poller = Arc::new(Poller::new()?);
         // Deleted in `Drop`, before it is closed.
         sys::watch(&poller, &signals, Event::readable(0))?;
-        Ok(Control { poller, signals, events: Events::new() })
+        Ok(Control { poller, signals, events: Events::new(), command: None, stop: None })
     }
 
-    /// Waits for a signal, a notification or the time-out; the signal if there was one.
+    /// Waits for a signal, a notification or the time-out; the signal to stop, if there was one.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Option<i32>> {
         self.events.clear();
         self.poller.wait(&mut self.events, timeout)?;
         // polling watches once only.
         self.poller.modify(&self.signals, Event::readable(0))?;
-        sys::next_signal(&self.signals)
+        let signal = sys::next_signal(&self.signals)?;
+        Ok(signal.filter(|&signal| signal != libc::SIGCHLD))
     }
 
-    /// Watches over a session until it has ended and its mount is gone.
-    fn supervise(&mut self, mut session: Session, mount: Mount) -> Ended {
-        let mut failed = false;
-        let mut stop: Option<Stop> = None;
+    /// Tells whoever waits for it that the file can be used: the pidfile, the foreground process, the command
+    /// of `--run`.
+    fn announce(
+        &mut self,
+        config: &Config,
+        path: &Path,
+        pidfile: &mut Option<Pidfile>,
+        background: Option<Background>,
+    ) -> Result<(), Failure> {
+        if pidfile.is_none() && background.is_none() && config.run.is_none() {
+            return Ok(());
+        }
+        self.check_io(path)
+            .map_err(|e| Failure::Serving(format!("{} cannot be read: {e}", config.source)))?;
+        if let Some(pidfile) = pidfile {
+            pidfile.write().map_err(|e| Failure::Serving(format!("pidfile: {e}")))?;
+        }
+        if let Some(background) = background {
+            background.ready().map_err(|e| Failure::Serving(format!("background: {e}")))?;
+        }
+        if let Some(command) = &config.run {
+            let child = std::process::Command::new("/bin/sh")
+                .arg("-c")
+                .arg(command)
+                .env("DISKFUSE_FILE", path)
+                .spawn();
+            self.command =
+                Some(child.map_err(|e| Failure::Serving(format!("--run {command}: {e}")))?);
+        }
+        Ok(())
+    }
+
+    /// Reads the first bytes as a client would, on another thread: a signal ends the wait.
+    fn check_io(&mut self, path: &Path) -> io::Result<()> {
+        let (sender, receiver) = mpsc::channel();
+        let (path, poller) = (path.to_owned(), self.poller.clone());
+        std::thread::Builder::new().name("check".into()).spawn(move || {
+            let mut first = [0; 4096];
+            let read = File::open(path).and_then(|file| file.read_at(&mut first, 0));
+            // Nobody listens any more after a signal.
+            let _ = sender.send(read.map(drop));
+            let _ = poller.notify();
+        })?;
         loop {
+            if let Ok(result) = receiver.try_recv() {
+                return result;
+            }
+            if let Some(signal) = self.wait(None)? {
+                return Err(io::Error::other(format!("stopped by signal {signal}")));
+            }
+        }
+    }
+
+    fn stop_at_once(&mut self) {
+        self.stop = Some(Stop { force_at: Instant::now(), ..Stop::now() });
+    }
+
+    /// Watches over a session until it has ended and its mount is gone, and the command of `--run` has
+    /// ended too; gives that one's status, or 0.
+    fn supervise(&mut self, mut session: Session, mount: Mount) -> (Ended, u8) {
+        let mut failed = false;
+        let mut status = 0;
+        let mut mount = Some(mount);
+        loop {
+            if let Some(ended) = self.command_status() {
+                status = ended;
+                self.stop.get_or_insert_with(Stop::now);
+            }
             if session.reap_failed() {
                 failed = true;
-                stop.get_or_insert_with(Stop::now).force(&mount);
+                if let Some(mount) = &mount {
+                    self.stop.get_or_insert_with(Stop::now).force(mount);
+                }
             }
             if session.has_ended() {
                 // Unmounts, if the end came otherwise: an abort leaves the mount in its place.
-                drop(mount);
-                return if failed { Ended::Failed } else { Ended::Clean };
-            }
-            if let Some(stop) = &mut stop {
-                stop.go_on(&mount);
-                if stop.is_over() {
-                    log::warn!("{}: requests in flight are abandoned", mount.path().display());
-                    drop(mount);
-                    return if failed { Ended::Failed } else { Ended::Abandoned };
+                mount = None;
+                if self.command.is_none() {
+                    return (if failed { Ended::Failed } else { Ended::Clean }, status);
                 }
             }
-            let signal = self.wait(stop.is_some().then_some(RETRY)).unwrap_or_else(|e| {
+            if let (Some(stop), Some(mounted)) = (&mut self.stop, &mount) {
+                stop.go_on(mounted);
+                if stop.is_over() {
+                    let path = mounted.path().display();
+                    log::warn!("{path}: requests in flight are abandoned");
+                    drop(mount);
+                    return (Ended::Abandoned, status);
+                }
+            }
+            let timeout = (self.stop.is_some() && mount.is_some()).then_some(RETRY);
+            let signal = self.wait(timeout).unwrap_or_else(|e| {
                 log::error!("the control thread cannot wait: {e}");
                 std::thread::sleep(RETRY);
                 None
             });
             if let Some(signal) = signal {
-                log::info!("signal {signal}");
-                match &mut stop {
-                    None => stop = Some(Stop::now()),
-                    Some(stop) => stop.force(&mount),
-                }
+                self.on_signal(signal, mount.as_ref());
             }
         }
+    }
+
+    fn on_signal(&mut self, signal: i32, mount: Option<&Mount>) {
+        log::info!("signal {signal}");
+        if let Some(command) = &self.command {
+            // The command's end is ours; it may have something to tidy up.
+            if let Err(e) = sys::kill(command.id(), signal) {
+                log::warn!("the command cannot be signalled: {e}");
+            }
+            return;
+        }
+        match (&mut self.stop, mount) {
+            // A service manager, or timeout(1), signals a whole group: the same wish may come twice.
+            (Some(stop), _) if stop.began.elapsed() < SAME_WISH => {}
+            (Some(stop), Some(mount)) => stop.force(mount),
+            (stop, _) => drop(stop.get_or_insert_with(Stop::now)),
+        }
+    }
+
+    /// The command's exit status, once, as a shell has it.
+    fn command_status(&mut self) -> Option<u8> {
+        let ended = self.command.as_mut()?.try_wait();
+        let status = match ended {
+            Ok(None) => return None,
+            Ok(Some(status)) => {
+                status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)) as u8
+            }
+            Err(e) => {
+                log::error!("the command cannot be waited for: {e}");
+                1
+            }
+        };
+        self.command = None;
+        Some(status)
     }
 }
 
@@ -231,7 +402,9 @@ impl Drop for Control {
 }
 
 /// A stop under way: unmount when nobody uses the file, by force when time is up.
+#[derive(Debug)]
 struct Stop {
+    began: Instant,
     force_at: Instant,
     forced_at: Option<Instant>,
     reported: bool,
@@ -239,7 +412,8 @@ struct Stop {
 
 impl Stop {
     fn now() -> Stop {
-        Stop { force_at: Instant::now() + GRACE, forced_at: None, reported: false }
+        let now = Instant::now();
+        Stop { began: now, force_at: now + GRACE, forced_at: None, reported: false }
     }
 
     fn go_on(&mut self, mount: &Mount) {

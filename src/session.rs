@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -56,8 +57,14 @@ pub struct Options {
 
 /// The serving threads of a connection.
 pub struct Session {
-    threads: Vec<(String, JoinHandle<io::Result<()>>)>,
+    threads: Vec<JoinHandle<()>>,
+    /// Threads whose end has not been taken note of.
+    running: usize,
+    ends: (mpsc::Sender<End>, mpsc::Receiver<End>),
 }
+
+/// A thread's name, and what became of it; an error without a reason is a panic, which has given its own.
+type End = (String, Result<(), Option<io::Error>>);
 
 /// The queues' threads, waiting for INIT to be answered.
 struct Rings {
@@ -78,7 +85,7 @@ impl Session {
     ) -> Result<Session, String> {
         let fuse = |e: io::Error| format!("/dev/fuse: {e}");
         let (request, offer) = read_init(&device).map_err(fuse)?;
-        let mut session = Session { threads: Vec::new() };
+        let mut session = Session { threads: Vec::new(), running: 0, ends: mpsc::channel() };
         let devices = worker_devices(device);
         let rings = match options.io_uring {
             When::Off => None,
@@ -119,7 +126,7 @@ impl Session {
                 .map_err(|e| format!("a thread cannot be started: {e}"))?;
         }
         let transport = if by_ring { Transport::Uring } else { Transport::Legacy };
-        log::info!("serving by {transport}, {} threads", session.threads.len());
+        log::info!("serving by {transport}, {} threads", session.running);
         Ok(session)
     }
 
@@ -173,36 +180,46 @@ impl Session {
         ended: &Arc<Poller>,
         work: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<()> {
-        let ended = NotifyOnDrop(ended.clone());
+        let (sender, ended) = (self.ends.0.clone(), ended.clone());
         let thread = thread::Builder::new().name(name.clone()).spawn(move || {
-            // Dropped last, and also when `work` panics.
-            let _ended = ended;
-            work()
+            let result = std::panic::catch_unwind(AssertUnwindSafe(work));
+            let result = result.map_or(Err(None), |result| result.map_err(Some));
+            // First the end, then the notification: whoever is woken must find it.
+            let _ = sender.send((name, result));
+            if let Err(e) = ended.notify() {
+                log::error!("the control thread cannot be woken: {e}");
+            }
         })?;
-        self.threads.push((name, thread));
+        self.running += 1;
+        self.threads.push(thread);
         Ok(())
     }
 
-    /// Whether all threads have ended.
-    pub fn has_ended(&self) -> bool {
-        self.threads.iter().all(|(_, thread)| thread.is_finished())
-    }
-
-    /// Takes the threads that have ended; whether one of them failed.
+    /// Takes note of the threads that have ended; whether one of them failed.
     pub fn reap_failed(&mut self) -> bool {
         let mut failed = false;
-        for (name, thread) in self.threads.extract_if(.., |(_, thread)| thread.is_finished()) {
-            match thread.join() {
-                Ok(Ok(())) => {}
-                Ok(Err(e)) => {
-                    log::error!("{name}: {e}");
-                    failed = true;
+        for (name, result) in self.ends.1.try_iter() {
+            self.running -= 1;
+            if let Err(why) = result {
+                failed = true;
+                match why {
+                    Some(e) => log::error!("{name}: {e}"),
+                    None => log::error!("{name} has panicked"),
                 }
-                // The panic's own message is on stderr already.
-                Err(_) => failed = true,
             }
         }
         failed
+    }
+
+    /// Whether all threads have ended, as far as [`Session::reap_failed`] has taken note; they are gone then.
+    pub fn has_ended(&mut self) -> bool {
+        if self.running == 0 {
+            for thread in self.threads.drain(..) {
+                // What it had to say was said in its end.
+                let _ = thread.join();
+            }
+        }
+        self.running == 0
     }
 }
 
@@ -263,16 +280,6 @@ fn no_ring(e: &io::Error) -> String {
             "not enough memory for the rings (a larger ulimit -l, or a smaller --queue-depth)".into()
         }
         _ => format!("a ring cannot be set up ({e})"),
-    }
-}
-
-struct NotifyOnDrop(Arc<Poller>);
-
-impl Drop for NotifyOnDrop {
-    fn drop(&mut self) {
-        if let Err(e) = self.0.notify() {
-            log::error!("the control thread cannot be woken: {e}");
-        }
     }
 }
 

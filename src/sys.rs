@@ -399,6 +399,60 @@ impl CpuSet {
     }
 }
 
+/// `fork(2)`: the child's number in the parent, none in the child.
+///
+/// Only for a process of one thread: others would be missing in the child, with whatever they had locked.
+pub fn fork() -> io::Result<Option<libc::pid_t>> {
+    // SAFETY: with one thread, the child is a whole copy, and may do anything.
+    let pid = check(unsafe { libc::fork() })?;
+    Ok((pid > 0).then_some(pid))
+}
+
+/// Waits for a child to end, and gives its exit status as a shell has it: 128 and the signal that killed it.
+pub fn wait_for(child: libc::pid_t) -> io::Result<u8> {
+    let mut status = 0;
+    loop {
+        // SAFETY: the call writes one int.
+        match check(unsafe { libc::waitpid(child, &raw mut status, 0) }) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+            Ok(_) if libc::WIFEXITED(status) => return Ok(libc::WEXITSTATUS(status) as u8),
+            Ok(_) => return Ok(128 + libc::WTERMSIG(status) as u8),
+        }
+    }
+}
+
+/// Sends a signal.
+pub fn kill(process: u32, signal: libc::c_int) -> io::Result<()> {
+    // SAFETY: no pointers.
+    check(unsafe { libc::kill(process as libc::pid_t, signal) }).map(drop)
+}
+
+/// Leaves the session and its terminal (`setsid(2)`).
+pub fn new_session() -> io::Result<()> {
+    // SAFETY: no arguments.
+    check(unsafe { libc::setsid() }).map(drop)
+}
+
+/// Points the three standard streams at /dev/null.
+pub fn standard_streams_to_null() -> io::Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    for stream in 0..=2 {
+        // SAFETY: no pointers; the three are never owned by anything that closes them.
+        check(unsafe { libc::dup2(null.as_raw_fd(), stream) })?;
+    }
+    Ok(())
+}
+
+/// One message to the system's log.
+pub fn syslog(message: &str) {
+    let Ok(message) = CString::new(message.replace('\0', "?")) else { return };
+    // SAFETY: the format takes one C string, and there is one.
+    unsafe {
+        libc::syslog(libc::LOG_DAEMON | libc::LOG_ERR, c"diskfuse: %s".as_ptr(), message.as_ptr());
+    }
+}
+
 /// Ends the process without running destructors: the kernel closes everything.
 pub fn exit_now(status: i32) -> ! {
     // SAFETY: `_exit` takes a value and does not return.

@@ -65,6 +65,8 @@ pub struct FileBackend {
     direct: Option<Direct>,
     medium: Medium,
     is_device: bool,
+    /// Nobody else can see it, and nothing of it lasts.
+    is_memory: bool,
     capabilities: Capabilities,
     /// In bytes. The kernel extends and truncates one at a time (it holds the inode's lock), so this
     /// follows the file.
@@ -135,9 +137,19 @@ impl FileBackend {
         let make = || {
             let file = sys::memfd("diskfuse")?;
             file.set_len(size)?;
-            FileBackend::new(file, None, options.read_only)
+            let backend = FileBackend::new(file, None, options.read_only)?;
+            io::Result::Ok(FileBackend { is_memory: true, ..backend })
         };
         make().map(Arc::new).map_err(|e| OpenError(format!("mem:{size}: {e}")))
+    }
+
+    /// What it is, in a word or two.
+    pub fn kind(&self) -> &'static str {
+        match (self.is_device, self.is_memory) {
+            (true, _) => "block device",
+            (_, true) => "memory",
+            _ => "file",
+        }
     }
 
     fn new(file: File, direct: Option<Direct>, read_only: bool) -> io::Result<FileBackend> {
@@ -155,6 +167,7 @@ impl FileBackend {
             direct,
             medium: if in_memory { Medium::Memory } else { Medium::Cached },
             is_device,
+            is_memory: false,
             capabilities: Capabilities {
                 read_only,
                 resizable: !is_device && !read_only,

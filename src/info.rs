@@ -1,0 +1,111 @@
+//! `--info`: what a source is, for people and for scripts.
+
+use serde::Serialize;
+
+use crate::backend::Backend;
+use crate::backend::file::FileBackend;
+
+/// What is known of a local source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LocalInfo {
+    /// As it was named.
+    pub source: String,
+    /// "file", "block device" or "memory".
+    pub kind: &'static str,
+    /// In bytes.
+    pub size: u64,
+    /// Space in use, in bytes.
+    pub allocated: u64,
+    /// Nothing can be written.
+    pub read_only: bool,
+    /// It can be truncated, and grow.
+    pub resizable: bool,
+    /// The I/O size it prefers, in bytes.
+    pub preferred_block_size: u32,
+}
+
+impl LocalInfo {
+    /// Asks an open source.
+    pub fn of(source: String, backend: &FileBackend) -> std::io::Result<LocalInfo> {
+        let capabilities = backend.capabilities();
+        Ok(LocalInfo {
+            source,
+            kind: backend.kind(),
+            size: backend.size(),
+            allocated: backend.stat()?.allocated_bytes,
+            read_only: capabilities.read_only,
+            resizable: capabilities.resizable,
+            preferred_block_size: capabilities.preferred_io_bytes,
+        })
+    }
+}
+
+/// One `name: value` a line, or one JSON object; both from the same fields.
+pub fn text(info: &impl Serialize, json: bool) -> Result<String, serde_json::Error> {
+    if json {
+        return Ok(serde_json::to_string_pretty(info)? + "\n");
+    }
+    Ok(lines(&serde_json::to_value(info)?, ""))
+}
+
+/// A value as indented lines.
+fn lines(value: &serde_json::Value, indent: &str) -> String {
+    use serde_json::Value;
+    let one = |name: &str, value: &Value| match value {
+        Value::Object(_) => format!("{indent}{name}:\n{}", lines(value, &format!("{indent}  "))),
+        Value::Array(items) if items.iter().any(Value::is_object) => {
+            let items = items.iter().map(|item| lines(item, &format!("{indent}  ")));
+            format!("{indent}{name}:\n{}", items.collect::<Vec<_>>().join("\n"))
+        }
+        Value::Array(items) => {
+            let items = items.iter().map(plain).collect::<Vec<_>>();
+            format!("{indent}{name}: {}\n", items.join(", "))
+        }
+        value => format!("{indent}{name}: {}\n", plain(value)),
+    };
+    match value {
+        Value::Object(fields) => {
+            fields.iter().map(|(name, value)| one(&name.replace('_', " "), value)).collect()
+        }
+        Value::Array(items) => {
+            items.iter().map(|item| lines(item, indent)).collect::<Vec<_>>().join("\n")
+        }
+        value => format!("{indent}{}\n", plain(value)),
+    }
+}
+
+fn plain(value: &serde_json::Value) -> String {
+    use serde_json::Value;
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Bool(true) => "yes".into(),
+        Value::Bool(false) => "no".into(),
+        Value::Null => "unknown".into(),
+        value => value.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info() -> LocalInfo {
+        let backend = FileBackend::memory(65536, Default::default()).unwrap();
+        LocalInfo::of("mem:64K".into(), &backend).unwrap()
+    }
+
+    #[test]
+    fn text_has_a_line_for_each_field() {
+        let text = text(&info(), false).unwrap();
+        assert!(text.contains("source: mem:64K\n") && text.contains("size: 65536\n"), "{text}");
+        assert!(text.contains("read only: no\n"), "{text}");
+        assert_eq!(text.lines().count(), 7);
+    }
+
+    #[test]
+    fn json_is_one_object() {
+        let value: serde_json::Value = serde_json::from_str(&text(&info(), true).unwrap()).unwrap();
+        assert_eq!(value["size"], 65536);
+        assert_eq!(value["resizable"], true);
+    }
+}
