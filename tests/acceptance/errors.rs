@@ -1,0 +1,127 @@
+//! What a broken disk looks like from outside.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use libc::{EIO, ENOSPC};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use crate::common::export::Export;
+use crate::common::image::{LoopDevice, write_sparse};
+use crate::common::sandbox::Sandbox;
+use crate::common::suite::{Case, SIZE};
+use crate::common::{Aligned, Random, assert_errno, fail, noise, program, succeed};
+
+/// A tmpfs with little space, unmounted when dropped.
+struct Tight(Sandbox);
+
+impl Tight {
+    fn new(size: usize) -> Tight {
+        let folder = Sandbox::new();
+        let data = std::ffi::CString::new(format!("size={size}")).expect("no zero byte");
+        mount("none", folder.path(), "tmpfs", MountFlags::empty(), Some(data.as_c_str())).unwrap();
+        Tight(folder)
+    }
+}
+
+impl Drop for Tight {
+    fn drop(&mut self) {
+        if let Err(e) = unmount(self.0.path(), UnmountFlags::DETACH) {
+            eprintln!("{}: {e}", self.0.path().display());
+        }
+    }
+}
+
+fn export(case: &Case, source: &Path, options: &[&str]) -> Export {
+    let mountpoint = case.sandbox.join("disk");
+    Export::try_start(source.to_str().expect("UTF-8"), &mountpoint, &case.options(options), |_| ())
+        .unwrap_or_else(|ended| panic!("{}", ended.log))
+        .only_by(case.transport)
+}
+
+/// Behind the end of its backing file a loop device gives errors.
+pub fn error_fails_only_the_requests_that_touch_it(case: &Case) {
+    let bytes = noise(6, SIZE);
+    let image = case.image(&bytes);
+    let store = File::options().write(true).open(image.store.as_ref().unwrap()).unwrap();
+    let mut export = case.export(&image, &[]);
+    let file = File::open(export.file()).unwrap();
+    let (half, bad) = (SIZE / 2, SIZE / 2..SIZE - (64 << 10));
+    store.set_len(half as u64).unwrap();
+    succeed(program("blockdev", ["--flushbufs"]).arg(image.path()));
+    std::thread::scope(|scope| {
+        for reader in 0..8 {
+            let (file, bad, bytes) = (&file, &bad, &bytes);
+            scope.spawn(move || {
+                let mut random = Random(reader);
+                for _ in 0..50 {
+                    let at = random.below(bad.end as u64 - 4096) as usize;
+                    let mut buf = [0; 4096];
+                    let read = file.read_at(&mut buf, at as u64);
+                    // A block device's blocks fail as a whole.
+                    match at {
+                        _ if at >= bad.start => assert_errno(read, EIO),
+                        _ if at + buf.len() <= half - 4096 => {
+                            assert_eq!(read.unwrap(), buf.len());
+                            assert!(buf[..] == bytes[at..][..buf.len()], "at {at}");
+                        }
+                        _ => {}
+                    }
+                }
+            });
+        }
+    });
+    store.set_len(SIZE as u64).unwrap();
+    let mut buf = [1; 4096];
+    assert_eq!(file.read_at(&mut buf, bad.start as u64).unwrap(), buf.len());
+    assert!(buf == [0; 4096], "it is served on after the error");
+    drop(file);
+    export.stop(libc::SIGTERM).assert(0, &[]);
+}
+
+/// Writes to the loop device stay in the page cache; only the flush meets the full file system behind it.
+pub fn flush_reaches_the_disk_and_its_failure_the_exit_status(case: &Case) {
+    let tight = Tight::new(512 << 10);
+    let store = tight.0.join("disk.img");
+    write_sparse(&store, &vec![0; SIZE]);
+    let device = LoopDevice::new(&store, &[]);
+
+    let mut by_fsync = export(case, Path::new(&device.0), &[]);
+    let file = File::options().write(true).open(by_fsync.file()).unwrap();
+    file.write_all_at(&noise(7, 1 << 20), 0).unwrap();
+    let errno = file.sync_all().unwrap_err().raw_os_error();
+    assert!([Some(EIO), Some(ENOSPC)].contains(&errno), "{errno:?}");
+    drop(file);
+    by_fsync.stop(libc::SIGTERM).assert(1, &[&device.0, "flush"]);
+
+    let mut by_close = export(case, Path::new(&device.0), &[]);
+    let dd = ["if=/dev/urandom", "bs=64k", "seek=16", "count=16", "conv=notrunc"];
+    let said = fail(program("dd", dd).arg(format!("of={}", by_close.file().display())));
+    assert!(said.contains("closing output file"), "{said}");
+    by_close.stop(libc::SIGTERM).assert(1, &[&device.0, "flush"]);
+}
+
+pub fn full_file_system_says_so(case: &Case) {
+    let tight = Tight::new(2 << 20);
+    let path = tight.0.join("disk.img");
+    let mut bytes = noise(8, SIZE);
+    bytes[1 << 20..].fill(0);
+    write_sparse(&path, &bytes);
+    let mut export = export(case, &path, &[]);
+    let file = File::options().read(true).write(true).open(export.file()).unwrap();
+    let data = Aligned::of(&noise(9, 64 << 10));
+    let results: Vec<_> =
+        (16..64).map(|i| file.write_at(&data, i * data.len() as u64)).collect();
+    assert!(results[0].is_ok(), "{:?}", results[0]);
+    assert_errno(results.into_iter().next_back().unwrap(), ENOSPC);
+    // Where it has its blocks already, it can still be written.
+    file.write_all_at(&data, 65_536).unwrap();
+    bytes[65_536..][..data.len()].copy_from_slice(&data);
+    let mut shown = vec![0; 1 << 20];
+    file.read_exact_at(&mut shown, 0).unwrap();
+    assert!(shown == bytes[..1 << 20]);
+    drop(file);
+    export.stop(libc::SIGTERM).assert(0, &[]);
+    assert!(fs::read(&path).unwrap()[..1 << 20] == bytes[..1 << 20]);
+}

@@ -1,0 +1,69 @@
+//! What the exported file must do, over transport × kind of source. The numbers are those of the project's
+//! list of acceptance, which follows QEMU's own tests of its FUSE export.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod clients;
+mod errors;
+mod holes;
+mod io;
+mod modes;
+mod mounting;
+mod size;
+
+use std::process::ExitCode;
+
+use common::image::Kind;
+
+fn main() -> ExitCode {
+    common::suite::run(promises![
+        // 1-4
+        mounting::missing_mountpoint_is_created_and_removed,
+        mounting::mountpoint_gets_its_own_content_back,
+        mounting::served_mountpoint_says_already,
+        mounting::export_equals_the_image ["qemu-img"] if |k| k.visible,
+        mounting::odd_size_ends_in_a_short_read if |k| k.resizable,
+        mounting::image_is_mounted_over_itself if |k| k.regular,
+        mounting::second_writable_export_is_refused if |k| k.locked,
+        mounting::every_signal_ends_it_cleanly,
+        mounting::unmount_from_outside_ends_it_cleanly,
+        mounting::file_that_is_in_use_is_reported_and_taken_away,
+        mounting::awkward_paths_are_served if |k| k.regular,
+        // 5-7
+        modes::read_only_stays_read_only,
+        modes::image_that_cannot_be_written_is_read_only if |k| k.regular,
+        modes::chmod_and_chown_within_what_makes_sense,
+        modes::other_user_is_shut_out_unless_allowed ["root"],
+        modes::owner_can_be_chosen ["root"],
+        modes::times_can_be_set,
+        // 8-10
+        size::fixed_disk_ends_where_it_ends,
+        size::growable_disk_grows if |k| k.resizable,
+        size::truncate_keeps_both_lengths_equal if |k| k.resizable,
+        size::fallocate_past_the_end_grows if |k| k.resizable,
+        size::disk_of_fixed_size_keeps_it if |k| !k.resizable,
+        size::o_trunc_empties_only_what_may_grow,
+        // 11-13
+        holes::punch_hole_zeroes_and_frees,
+        holes::zero_range_zeroes,
+        holes::other_fallocate_modes_are_refused,
+        holes::seek_shows_the_images_holes,
+        holes::copies_keep_the_holes if |k| k.shows_holes && k.visible,
+        holes::stat_and_statfs_are_sensible,
+        // 14-16, 18
+        io::many_reads_at_depth_64_complete ["fio"],
+        io::shared_mapping_reaches_the_image ["python3"],
+        io::clients_of_all_kinds_read_what_they_wrote ["fio"],
+        io::unaligned_io_matches_a_model,
+        io::parallel_writers_do_not_mix,
+        io::durable_writes_reach_the_image,
+        clients::loop_device_carries_a_file_system ["loop", "mkfs.ext4", "e2fsck"],
+        clients::qemu_img_agrees ["qemu-img"] if |k| k.visible,
+        // 17-19
+        errors::error_fails_only_the_requests_that_touch_it ["blockdev"] if |k| k.name.starts_with("loop"),
+        errors::flush_reaches_the_disk_and_its_failure_the_exit_status ["loop"] if |k| k.name == "loop",
+        errors::full_file_system_says_so ["root"] if |k| k.name == "tmpfs",
+        clients::fsx_finds_no_mismatch ["fsx"],
+    ])
+}

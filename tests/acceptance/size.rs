@@ -1,0 +1,140 @@
+//! Where a disk ends, and what moves its end.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+
+use libc::{EFBIG, ENOSPC, O_DIRECT};
+use rustix::fs::{FallocateFlags, fallocate};
+
+use crate::common::export::Export;
+use crate::common::image::Image;
+use crate::common::suite::{Case, SIZE};
+use crate::common::{Aligned, assert_errno, noise, program, succeed};
+
+/// The length of the export, which must be that of the image.
+#[track_caller]
+fn len(case: &Case, export: &Export, image: &Image) -> usize {
+    let len = fs::metadata(export.file()).unwrap().len() as usize;
+    if case.kind.visible {
+        assert_eq!(image.bytes().len(), len, "the image's length is another");
+    }
+    len
+}
+
+pub fn fixed_disk_ends_where_it_ends(case: &Case) {
+    let image = case.patchy();
+    let export = case.export(&image, &[]);
+    for flags in [0, O_DIRECT] {
+        let mut options = File::options();
+        let file = options.read(true).write(true).custom_flags(flags).open(export.file()).unwrap();
+        let data = Aligned::of(&noise(3, 8192));
+        assert_errno(file.write_at(&data, SIZE as u64), ENOSPC);
+        assert_errno(file.write_at(&data, 2 * SIZE as u64), ENOSPC);
+        assert_eq!(file.write_at(&data, SIZE as u64 - 4096).unwrap(), 4096, "across the end");
+        let mut buf = Aligned::new(8192);
+        assert_eq!(file.read_at(&mut buf, SIZE as u64 - 4096).unwrap(), 4096);
+        assert_eq!(buf[..4096], data[..4096]);
+        assert_eq!(len(case, &export, &image), SIZE);
+    }
+    let append = File::options().append(true).open(export.file()).unwrap();
+    assert_errno(std::io::Write::write(&mut &append, b"x"), ENOSPC);
+    let said = crate::common::fail(
+        program("dd", ["if=/dev/zero", "bs=64k", "count=1", "conv=notrunc", "oflag=append"])
+            .arg(format!("of={}", export.file().display())),
+    );
+    assert!(said.contains("No space left") && said.contains("\n0+0 records out"), "{said}");
+}
+
+pub fn growable_disk_grows(case: &Case) {
+    let image = case.patchy();
+    let export = case.export(&image, &["--growable"]);
+    let mut expected = case.patchy_bytes();
+    let file = File::options().read(true).write(true).open(export.file()).unwrap();
+    // At the end, across it, and behind it so that a hole is left.
+    for (seed, offset) in [(1, SIZE), (2, SIZE + 900), (3, SIZE + 3_000_001)] {
+        let data = noise(seed, 1000);
+        assert_eq!(file.write_at(&data, offset as u64).unwrap(), data.len());
+        expected.resize(offset + data.len(), 0);
+        expected[offset..].copy_from_slice(&data);
+        assert_eq!(len(case, &export, &image), expected.len());
+    }
+    let mut append = File::options().append(true).open(export.file()).unwrap();
+    std::io::Write::write_all(&mut append, b"at the end").unwrap();
+    expected.extend(b"at the end");
+    assert!(fs::read(export.file()).unwrap() == expected);
+    assert_errno(file.write_at(b"xx", i64::MAX as u64 - 1), EFBIG);
+    drop((file, append));
+    let mut export = export;
+    export.stop(libc::SIGTERM).assert(0, &[]);
+    if case.kind.visible {
+        assert!(image.bytes() == expected);
+    }
+}
+
+pub fn truncate_keeps_both_lengths_equal(case: &Case) {
+    let image = case.patchy();
+    let export = case.export(&image, &[]);
+    let file = File::options().read(true).write(true).open(export.file()).unwrap();
+    let mut expected = case.patchy_bytes();
+    for size in [SIZE + 4096, 1_234_567, 4096, 0, 4096, SIZE] {
+        file.set_len(size as u64).unwrap();
+        expected.resize(size, 0);
+        assert_eq!(len(case, &export, &image), size);
+        assert!(fs::read(export.file()).unwrap() == expected, "after truncate to {size}");
+    }
+    succeed(program("truncate", ["-s", "8192"]).arg(export.file()));
+    assert_eq!(len(case, &export, &image), 8192);
+    // The size changes by itself too, where somebody else changes the image.
+    if case.kind.regular {
+        File::options().write(true).open(image.path()).unwrap().set_len(12_288).unwrap();
+        assert_eq!(len(case, &export, &image), 12_288);
+        assert_eq!(fs::read(export.file()).unwrap().len(), 12_288);
+    }
+}
+
+pub fn fallocate_past_the_end_grows(case: &Case) {
+    let image = case.patchy();
+    let export = case.export(&image, &[]);
+    let file = File::options().read(true).write(true).open(export.file()).unwrap();
+    let mut size = SIZE;
+    for mode in [FallocateFlags::empty(), FallocateFlags::ZERO_RANGE] {
+        fallocate(&file, mode, size as u64 - 4096, 12_288).unwrap();
+        size += 8192;
+        assert_eq!(len(case, &export, &image), size);
+    }
+    for keep in [FallocateFlags::KEEP_SIZE, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE] {
+        fallocate(&file, keep, size as u64, 65_536).unwrap();
+        assert_eq!(len(case, &export, &image), size);
+    }
+    let mut expected = case.patchy_bytes();
+    expected.resize(size, 0);
+    expected[SIZE + 4096..].fill(0);
+    assert!(fs::read(export.file()).unwrap() == expected);
+}
+
+pub fn disk_of_fixed_size_keeps_it(case: &Case) {
+    let image = case.patchy();
+    let export = case.export(&image, &["--growable"]);
+    let file = File::options().read(true).write(true).open(export.file()).unwrap();
+    for size in [0, SIZE - 4096, SIZE + 4096] {
+        assert!(file.set_len(size as u64).is_err(), "truncate to {size}");
+    }
+    file.set_len(SIZE as u64).unwrap();
+    assert_errno(fallocate(&file, FallocateFlags::empty(), SIZE as u64, 4096), ENOSPC);
+    assert_errno(file.write_at(b"x", SIZE as u64), ENOSPC);
+    fallocate(&file, FallocateFlags::empty(), 0, SIZE as u64).unwrap();
+    assert!(fs::read(export.file()).unwrap() == case.patchy_bytes());
+}
+
+pub fn o_trunc_empties_only_what_may_grow(case: &Case) {
+    let image = case.patchy();
+    let truncate = |export: &Export| File::options().write(true).truncate(true).open(export.file());
+    let export = case.export(&image, &[]);
+    drop(truncate(&export).unwrap());
+    assert_eq!(len(case, &export, &image), SIZE);
+    assert!(fs::read(export.file()).unwrap() == case.patchy_bytes());
+    drop(export);
+    let export = case.export(&image, &["--growable"]);
+    drop(truncate(&export).unwrap());
+    assert_eq!(len(case, &export, &image), if case.kind.resizable { 0 } else { SIZE });
+}

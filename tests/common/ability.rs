@@ -1,0 +1,124 @@
+//! What this machine can do, found out once.
+//!
+//! A test that cannot run says why and counts as skipped. `DISKFUSE_REQUIRE` names abilities, parted by
+//! commas (`all` is all of them), whose lack is a failure instead.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use super::export::{Export, Transport};
+use super::sandbox::Sandbox;
+use super::{is_root, program};
+
+const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
+
+/// The name of an ability: `fuse`, `uring`, `root`, `user`, `loop`, `direct`, `nbd`, or a program's name.
+pub type Ability = &'static str;
+
+/// Why it is missing, if it is.
+pub fn missing(ability: Ability) -> Option<String> {
+    type Answers = HashMap<Ability, Arc<OnceLock<Option<String>>>>;
+    static ANSWERS: OnceLock<Mutex<Answers>> = OnceLock::new();
+    let cell = ANSWERS
+        .get_or_init(Mutex::default)
+        .lock()
+        .expect("no panic while it is held")
+        .entry(ability)
+        .or_default()
+        .clone();
+    cell.get_or_init(|| find_out(ability).err()).clone()
+}
+
+/// Whether its lack is a failure.
+pub fn is_required(ability: Ability) -> bool {
+    std::env::var("DISKFUSE_REQUIRE")
+        .is_ok_and(|list| list.split(',').any(|word| word == ability || word == "all"))
+}
+
+fn find_out(ability: Ability) -> Result<(), String> {
+    let is_there = |path: &str| {
+        Path::new(path).exists().then_some(()).ok_or(format!("there is no {path}"))
+    };
+    match ability {
+        "fuse" => {
+            is_there("/dev/fuse")?;
+            probe(Transport::Legacy)
+        }
+        "uring" => {
+            if !is_root() && std::fs::read_to_string(SWITCH).is_ok_and(|v| v.trim() != "Y") {
+                return Err(format!("FUSE over io_uring is off and only root may write {SWITCH}"));
+            }
+            is_there(SWITCH)?;
+            probe(Transport::Uring)
+        }
+        "root" => is_root().then_some(()).ok_or("only root can do this".into()),
+        "user" => {
+            find_out("root")?;
+            find_out("fusermount3")
+        }
+        "loop" => {
+            find_out("root")?;
+            is_there("/dev/loop-control")?;
+            find_out("losetup")
+        }
+        "direct" => {
+            use std::os::unix::fs::OpenOptionsExt;
+            let sandbox = Sandbox::new();
+            let mut options = std::fs::OpenOptions::new();
+            options.write(true).create(true).custom_flags(libc::O_DIRECT);
+            let opened = options.open(sandbox.join("x"));
+            opened.map(drop).map_err(|e| format!("no O_DIRECT in {}: {e}", sandbox.path().display()))
+        }
+        "nbd" => {
+            let help = program(super::export::binary(), ["--help"]).output();
+            let help = help.map_err(|e| e.to_string())?;
+            let knows = String::from_utf8_lossy(&help.stdout).contains("nbd://");
+            knows.then_some(()).ok_or("this diskfuse knows no nbd://".into())
+        }
+        name => {
+            let path = std::env::var("PATH").unwrap_or_default();
+            let found = std::env::split_paths(&path).any(|folder| folder.join(name).exists());
+            found.then_some(()).ok_or(format!("{name} is not installed"))
+        }
+    }
+}
+
+/// Tries one read.
+fn probe(transport: Transport) -> Result<(), String> {
+    let sandbox = Sandbox::new();
+    let mut export =
+        Export::try_start("mem:1M", &sandbox.join("disk"), &[transport.option()], |_| ())
+            .map_err(|ended| format!("diskfuse {}: {}", transport.option(), ended.log.trim()))?;
+    let read = std::fs::read(export.file()).map_err(|e| e.to_string());
+    let ended = export.stop(libc::SIGTERM);
+    read?;
+    match ended.served(transport).reads {
+        0 => Err(format!("diskfuse {} served otherwise: {}", transport.option(), ended.log.trim())),
+        _ => Ok(()),
+    }
+}
+
+/// FUSE over io_uring, switched on as long as this lives.
+pub struct RingSwitch {
+    before: Option<String>,
+}
+
+impl RingSwitch {
+    pub fn set(value: &str) -> RingSwitch {
+        let before = std::fs::read_to_string(SWITCH).ok().filter(|before| before.trim() != value);
+        // Where it cannot be written, the ability tells.
+        let changed = before.is_some() && std::fs::write(SWITCH, value).is_ok();
+        RingSwitch { before: before.filter(|_| changed) }
+    }
+}
+
+impl Drop for RingSwitch {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before
+            && let Err(e) = std::fs::write(SWITCH, before)
+        {
+            eprintln!("{SWITCH}: was not set back: {e}");
+        }
+    }
+}
