@@ -78,15 +78,16 @@ pub fn qemu_img_agrees(case: &Case) {
     let export = case.export(&image, &[]);
     let raw = ["compare", "-f", "raw", "-F", "raw"];
     succeed(program("qemu-img", raw).args([export.file(), image.path()]));
-    let map = |file: &Path| {
-        succeed(program("qemu-img", ["map", "-f", "raw", "--output=json"]).arg(file))
-    };
+    let map =
+        |file: &Path| succeed(program("qemu-img", ["map", "-f", "raw", "--output=json"]).arg(file));
     if case.kind.shows_holes {
         assert!(map(export.file()).contains("\"data\": false"), "{}", map(export.file()));
     }
     assert_eq!(map(export.file()), map(image.path()));
     let copy = case.sandbox.join("copy");
-    succeed(program("qemu-img", ["convert", "-f", "raw", "-O", "raw"]).args([export.file(), &copy]));
+    succeed(
+        program("qemu-img", ["convert", "-f", "raw", "-O", "raw"]).args([export.file(), &copy]),
+    );
     assert!(fs::read(copy).unwrap() == image.bytes());
 }
 

@@ -111,8 +111,7 @@ pub fn full_file_system_says_so(case: &Case) {
     let mut export = export(case, &path, &[]);
     let file = File::options().read(true).write(true).open(export.file()).unwrap();
     let data = Aligned::of(&noise(9, 64 << 10));
-    let results: Vec<_> =
-        (16..64).map(|i| file.write_at(&data, i * data.len() as u64)).collect();
+    let results: Vec<_> = (16..64).map(|i| file.write_at(&data, i * data.len() as u64)).collect();
     assert!(results[0].is_ok(), "{:?}", results[0]);
     assert_errno(results.into_iter().next_back().unwrap(), ENOSPC);
     // Where it has its blocks already, it can still be written.

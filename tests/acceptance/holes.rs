@@ -38,7 +38,9 @@ fn zeroes_ranges(case: &Case, mode: FallocateFlags) {
             assert!(image.bytes() == expected, "{len} bytes at {offset}: the image");
         }
     }
-    if mode == PUNCH && let Some(full) = full {
+    if mode == PUNCH
+        && let Some(full) = full
+    {
         file.sync_all().unwrap();
         assert!(image.allocated().unwrap() < full / 8, "its space is not given back");
     }

@@ -17,8 +17,17 @@ pub fn many_reads_at_depth_64_complete(case: &Case) {
     let image = case.patchy();
     let mut export = case.export(&image, &[]);
     let fio = [
-        "--name=reads", "--rw=randread", "--bs=4k", "--iodepth=64", "--ioengine=libaio", "--direct=1",
-        "--numjobs=4", "--thread", "--group_reporting", "--norandommap", "--allow_file_create=0",
+        "--name=reads",
+        "--rw=randread",
+        "--bs=4k",
+        "--iodepth=64",
+        "--ioengine=libaio",
+        "--direct=1",
+        "--numjobs=4",
+        "--thread",
+        "--group_reporting",
+        "--norandommap",
+        "--allow_file_create=0",
     ];
     let jobs = 4;
     let bytes = format!("--io_size={}", 75_000 / jobs * 4096);
@@ -62,7 +71,7 @@ pub fn clients_of_all_kinds_read_what_they_wrote(case: &Case) {
     let file = format!("--filename={}", export.file().display());
     let clients: [&[&str]; 6] = [
         &["--ioengine=psync", "--direct=1", "--bs=4k"],
-        &["--ioengine=psync", "--direct=0", "--bsrange=1-200k", "--bs_unaligned"],
+        &["--ioengine=psync", "--direct=0", "--bsrange=512-200k", "--bs_unaligned"],
         &["--ioengine=libaio", "--direct=1", "--bs=16k", "--iodepth=32"],
         &["--ioengine=io_uring", "--direct=1", "--bs=4k", "--iodepth=32"],
         &["--ioengine=io_uring", "--direct=0", "--bsrange=512-2M", "--bs_unaligned", "--iodepth=8"],
@@ -70,8 +79,15 @@ pub fn clients_of_all_kinds_read_what_they_wrote(case: &Case) {
     ];
     for client in clients {
         let verified = [
-            "--name=verify", "--rw=randwrite", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1",
-            "--size=4M", "--thread", "--allow_file_create=0", "--verify_state_save=0",
+            "--name=verify",
+            "--rw=randwrite",
+            "--verify=crc32c",
+            "--do_verify=1",
+            "--verify_fatal=1",
+            "--size=4M",
+            "--thread",
+            "--allow_file_create=0",
+            "--verify_state_save=0",
         ];
         let said = succeed(program("fio", verified).args(client).arg(&file));
         assert!(said.contains("err= 0"), "{client:?}: {said}");
@@ -147,7 +163,9 @@ pub fn durable_writes_reach_the_image(case: &Case) {
     let image = case.patchy();
     let export = case.export(&image, &[]);
     let mut expected = case.patchy_bytes();
-    for (i, flags) in [libc::O_SYNC, libc::O_DSYNC, libc::O_SYNC | libc::O_DIRECT].into_iter().enumerate() {
+    for (i, flags) in
+        [libc::O_SYNC, libc::O_DSYNC, libc::O_SYNC | libc::O_DIRECT].into_iter().enumerate()
+    {
         let data = Aligned::of(&noise(i as u64 + 10, 8192));
         let at = SIZE / 4 - 4096 + i * 8192;
         open(export.file(), flags).write_all_at(&data, at as u64).unwrap();
@@ -160,7 +178,11 @@ pub fn durable_writes_reach_the_image(case: &Case) {
     file.sync_data().unwrap();
     file.sync_all().unwrap();
     // For others, the file cannot be replaced by one of its own name.
-    let other = rustix::fs::open(export.file(), rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CREATE, Mode::RUSR);
+    let other = rustix::fs::open(
+        export.file(),
+        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CREATE,
+        Mode::RUSR,
+    );
     assert!(other.is_ok(), "O_CREAT opens the file that is there");
     assert!(fs::read(export.file()).unwrap() == expected);
 }

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
-use libc::{EFBIG, ENOSPC, O_DIRECT};
+use libc::{ENOSPC, O_DIRECT};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::common::export::Export;
@@ -62,7 +62,7 @@ pub fn growable_disk_grows(case: &Case) {
     std::io::Write::write_all(&mut append, b"at the end").unwrap();
     expected.extend(b"at the end");
     assert!(fs::read(export.file()).unwrap() == expected);
-    assert_errno(file.write_at(b"xx", i64::MAX as u64 - 1), EFBIG);
+    assert!(file.write_at(b"xx", i64::MAX as u64 - 4).is_err(), "no file is that long");
     drop((file, append));
     let mut export = export;
     export.stop(libc::SIGTERM).assert(0, &[]);
@@ -102,7 +102,8 @@ pub fn fallocate_past_the_end_grows(case: &Case) {
         size += 8192;
         assert_eq!(len(case, &export, &image), size);
     }
-    for keep in [FallocateFlags::KEEP_SIZE, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE] {
+    for keep in [FallocateFlags::KEEP_SIZE, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE]
+    {
         fallocate(&file, keep, size as u64, 65_536).unwrap();
         assert_eq!(len(case, &export, &image), size);
     }

@@ -1,1 +1,294 @@
-fn main() {}
+//! The command line: what it refuses, by which exit status and with which words.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::fs;
+use std::process::{Command, ExitCode, Stdio};
+
+use common::ability::Ability;
+use common::export::{Export, Transport, binary};
+use common::sandbox::Sandbox;
+use common::suite::{as_user, run_trials, trial};
+use common::{USER, program};
+use libtest_mimic::Trial;
+
+/// A command line that is refused.
+struct Refusal {
+    name: &'static str,
+    /// `{}` is the test's folder.
+    words: &'static [&'static str],
+    status: i32,
+    /// In the message
+    says: &'static [&'static str],
+    needs: &'static [Ability],
+    /// Prepares the folder.
+    prepare: fn(&Sandbox),
+    /// Who runs it, and where
+    by: fn(&Sandbox) -> Command,
+}
+
+const USAGE: Refusal = Refusal {
+    name: "",
+    words: &[],
+    status: 2,
+    says: &["--help"],
+    needs: &[],
+    prepare: |_| (),
+    by: |_| program("env", [""; 0]),
+};
+const SOURCE: Refusal = Refusal { status: 3, ..USAGE };
+const MOUNT: Refusal = Refusal { status: 4, ..USAGE };
+const AS_USER: fn(&Sandbox) -> Command = |sandbox| {
+    fs::copy(binary(), sandbox.join("diskfuse")).expect("there is space");
+    sandbox.give_to(USER);
+    as_user(sandbox)
+};
+
+const REFUSALS: &[Refusal] = &[
+    Refusal { name: "no_operands", words: &[], says: &["SOURCE", "--help"], ..USAGE },
+    Refusal { name: "no_mountpoint", words: &["mem:1M"], says: &["MOUNTPOINT"], ..USAGE },
+    Refusal { name: "too_many", words: &["a", "b", "c"], says: &["c", "--help"], ..USAGE },
+    Refusal {
+        name: "bad_option",
+        words: &["--bad", "mem:1M", "{}/disk"],
+        says: &["--bad"],
+        ..USAGE
+    },
+    Refusal {
+        name: "bad_io_uring",
+        words: &["--io-uring=maybe", "mem:1M", "{}/disk"],
+        says: &["--io-uring", "auto, on or off", "maybe"],
+        ..USAGE
+    },
+    Refusal {
+        name: "bad_queue_depth",
+        words: &["--queue-depth=0", "mem:1M", "{}/disk"],
+        says: &["--queue-depth", "from 1 to"],
+        ..USAGE
+    },
+    Refusal {
+        name: "bad_allow_other",
+        words: &["--allow-other=x", "mem:1M", "{}/disk"],
+        says: &["--allow-other", "auto, on or off"],
+        ..USAGE
+    },
+    Refusal {
+        name: "bad_mount_option",
+        words: &["-o", "ro,nonsense", "mem:1M", "{}/disk"],
+        says: &["nonsense"],
+        ..USAGE
+    },
+    Refusal {
+        name: "bad_owner",
+        words: &["-o", "uid=me", "mem:1M", "{}/disk"],
+        says: &["uid", "me"],
+        ..USAGE
+    },
+    Refusal { name: "bad_size", words: &["mem:lots", "{}/disk"], says: &["mem:SIZE"], ..USAGE },
+    Refusal { name: "bad_scheme", words: &["ftp://x/y", "{}/disk"], says: &["ftp://"], ..USAGE },
+    Refusal {
+        name: "no_such_source",
+        words: &["{}/missing.img", "{}/disk"],
+        says: &["missing.img", "no such file", "truncate"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "source_is_a_directory",
+        words: &["{}", "{}/disk"],
+        says: &["directory"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "source_is_a_character_device",
+        words: &["/dev/null", "{}/disk"],
+        says: &["/dev/null", "regular file", "block device"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "source_without_permission",
+        words: &["{}/image", "{}/disk"],
+        says: &["image", "permission denied", "readable"],
+        needs: &["user"],
+        prepare: |sandbox| {
+            use std::os::unix::fs::PermissionsExt;
+            fs::write(sandbox.join("image"), "x").unwrap();
+            fs::set_permissions(sandbox.join("image"), fs::Permissions::from_mode(0o600)).unwrap();
+        },
+        by: AS_USER,
+        ..SOURCE
+    },
+    Refusal {
+        // Its length is said to be a page; it holds a number.
+        name: "source_shorter_than_it_claims",
+        words: &["/sys/kernel/uevent_seqnum", "{}/disk"],
+        says: &["uevent_seqnum", "shorter than it claims"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "mountpoint_is_a_directory",
+        words: &["mem:1M", "{}/folder"],
+        says: &["folder", "directory", "regular file"],
+        prepare: |sandbox| fs::create_dir(sandbox.join("folder")).unwrap(),
+        ..MOUNT
+    },
+    Refusal {
+        name: "mountpoint_is_a_device",
+        words: &["mem:1M", "/dev/null"],
+        says: &["/dev/null", "regular file"],
+        ..MOUNT
+    },
+    Refusal {
+        name: "mountpoint_without_folder",
+        words: &["mem:1M", "{}/missing/disk"],
+        says: &["missing/disk", "folder", "mkdir"],
+        ..MOUNT
+    },
+    Refusal {
+        name: "mountpoint_is_a_link_to_nowhere",
+        words: &["mem:1M", "{}/link"],
+        says: &["link", "nowhere"],
+        prepare: |sandbox| std::os::unix::fs::symlink("nowhere", sandbox.join("link")).unwrap(),
+        ..MOUNT
+    },
+    Refusal {
+        name: "mountpoint_has_something_else_mounted",
+        words: &["mem:1M", "{}/busy"],
+        says: &["busy", "already"],
+        needs: &["root"],
+        prepare: |sandbox| fs::write(sandbox.join("busy"), "").unwrap(),
+        by: |sandbox| {
+            let mut command = in_own_mounts(r#"mount --bind "$1" "$1" && shift && exec "$@""#);
+            command.arg(sandbox.join("busy"));
+            command
+        },
+        ..MOUNT
+    },
+    Refusal {
+        name: "mountpoint_not_writable",
+        words: &["mem:1M", "{}/theirs"],
+        says: &["theirs", "not writable", "chmod"],
+        needs: &["user"],
+        prepare: |sandbox| fs::write(sandbox.join("theirs"), "").unwrap(),
+        by: AS_USER,
+        ..MOUNT
+    },
+    Refusal {
+        name: "mountpoint_cannot_be_created",
+        words: &["mem:1M", "/etc/disk"],
+        says: &["/etc/disk", "cannot be created"],
+        needs: &["user"],
+        by: AS_USER,
+        ..MOUNT
+    },
+    Refusal {
+        name: "no_dev_fuse",
+        words: &["mem:1M", "{}/disk"],
+        says: &["/dev/fuse", "modprobe fuse"],
+        needs: &["root"],
+        by: |_| in_own_mounts(r#"mount -t tmpfs none /dev && exec "$@""#),
+        ..MOUNT
+    },
+    Refusal {
+        name: "no_fusermount3",
+        words: &["mem:1M", "{}/disk"],
+        says: &["fusermount3", "fuse3"],
+        needs: &["user"],
+        by: |sandbox| {
+            let mut command = AS_USER(sandbox);
+            command.args(["/usr/bin/env", "PATH=/nowhere"]);
+            command
+        },
+        ..MOUNT
+    },
+    Refusal {
+        name: "allow_other_not_allowed",
+        words: &["--allow-other=on", "mem:1M", "{}/disk"],
+        says: &["user_allow_other", "--allow-other"],
+        needs: &["user"],
+        by: |sandbox| {
+            fs::write(sandbox.join("conf"), "").unwrap();
+            let mut command =
+                in_own_mounts(r#"mount --bind "$1" /etc/fuse.conf && shift && exec "$@""#);
+            command.arg(sandbox.join("conf"));
+            let user = AS_USER(sandbox);
+            command.arg(user.get_program()).args(user.get_args());
+            command
+        },
+        ..MOUNT
+    },
+];
+
+/// A command that runs its arguments in a mount namespace that `script` has prepared.
+fn in_own_mounts(script: &str) -> Command {
+    program("unshare", ["--mount", "bash", "-ec", script, "bash"])
+}
+
+fn main() -> ExitCode {
+    let refusals = REFUSALS.iter().map(|refusal| {
+        let test = move || is_refused(refusal);
+        trial(format!("refused/{}", refusal.name), refusal.needs.to_vec(), test)
+    });
+    let others = [
+        trial("help_and_version_are_printed".into(), vec![], help_and_version_are_printed),
+        trial("help_names_every_exit_status".into(), vec![], help_names_every_exit_status),
+        trial("nothing_is_said_without_need".into(), vec!["fuse"], nothing_is_said_without_need),
+    ];
+    let trials: Vec<Trial> = refusals.chain(others).collect();
+    run_trials(trials)
+}
+
+fn is_refused(refusal: &Refusal) {
+    let sandbox = Sandbox::new();
+    (refusal.prepare)(&sandbox);
+    let mut command = (refusal.by)(&sandbox);
+    let before = sandbox.names();
+    let copy = sandbox.join("diskfuse");
+    command.arg(if copy.exists() { copy.as_path() } else { binary().as_ref() });
+    let folder = sandbox.path().to_str().expect("UTF-8");
+    command.args(refusal.words.iter().map(|word| word.replace("{}", folder)));
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(refusal.status), "{said}");
+    for word in refusal.says {
+        assert!(said.contains(word), "{word:?} is missing: {said}");
+    }
+    assert!(said.starts_with("diskfuse: ") && said.lines().count() <= 2, "{said}");
+    assert!(output.stdout.is_empty());
+    assert_eq!(sandbox.names(), before, "what it made is left");
+}
+
+fn help_and_version_are_printed() {
+    let print = |option: &str| {
+        let output = program(binary(), [option]).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let help = print("--help");
+    for word in ["SOURCE", "MOUNTPOINT", "mem:SIZE", "--io-uring", "--read-only", "--growable"] {
+        assert!(help.contains(word), "{word} is missing: {help}");
+    }
+    assert_eq!(print("--version"), format!("diskfuse {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+fn help_names_every_exit_status() {
+    let output = program(binary(), ["--help"]).output().unwrap();
+    let help = String::from_utf8(output.stdout).unwrap();
+    for status in 0..=4 {
+        let line = |line: &str| line.trim_start().starts_with(&format!("{status} "));
+        assert!(help.lines().any(line), "{status} is missing: {help}");
+    }
+}
+
+fn nothing_is_said_without_need() {
+    let sandbox = Sandbox::new();
+    let options = [Transport::Legacy.option()];
+    let mut export = Export::try_start("mem:1M", &sandbox.join("disk"), &options, |command| {
+        command.env_remove("RUST_LOG");
+    })
+    .unwrap_or_else(|ended| panic!("{}", ended.log));
+    fs::read(export.file()).unwrap();
+    let ended = export.stop(libc::SIGTERM);
+    ended.assert(0, &[]);
+    assert_eq!(ended.log, "");
+}

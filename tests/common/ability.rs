@@ -4,14 +4,15 @@
 //! commas (`all` is all of them), whose lack is a failure instead.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::export::{Export, Transport};
 use super::sandbox::Sandbox;
 use super::{is_root, program};
 
-const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
+/// Switches FUSE over io_uring on and off.
+pub const RING_SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
 
 /// The name of an ability: `fuse`, `uring`, `root`, `user`, `loop`, `direct`, `nbd`, or a program's name.
 pub type Ability = &'static str;
@@ -37,19 +38,20 @@ pub fn is_required(ability: Ability) -> bool {
 }
 
 fn find_out(ability: Ability) -> Result<(), String> {
-    let is_there = |path: &str| {
-        Path::new(path).exists().then_some(()).ok_or(format!("there is no {path}"))
-    };
+    let is_there =
+        |path: &str| Path::new(path).exists().then_some(()).ok_or(format!("there is no {path}"));
     match ability {
         "fuse" => {
             is_there("/dev/fuse")?;
             probe(Transport::Legacy)
         }
         "uring" => {
-            if !is_root() && std::fs::read_to_string(SWITCH).is_ok_and(|v| v.trim() != "Y") {
-                return Err(format!("FUSE over io_uring is off and only root may write {SWITCH}"));
+            if !is_root() && std::fs::read_to_string(RING_SWITCH).is_ok_and(|v| v.trim() != "Y") {
+                return Err(format!(
+                    "FUSE over io_uring is off and only root may write {RING_SWITCH}"
+                ));
             }
-            is_there(SWITCH)?;
+            is_there(RING_SWITCH)?;
             probe(Transport::Uring)
         }
         "root" => is_root().then_some(()).ok_or("only root can do this".into()),
@@ -68,7 +70,9 @@ fn find_out(ability: Ability) -> Result<(), String> {
             let mut options = std::fs::OpenOptions::new();
             options.write(true).create(true).custom_flags(libc::O_DIRECT);
             let opened = options.open(sandbox.join("x"));
-            opened.map(drop).map_err(|e| format!("no O_DIRECT in {}: {e}", sandbox.path().display()))
+            opened
+                .map(drop)
+                .map_err(|e| format!("no O_DIRECT in {}: {e}", sandbox.path().display()))
         }
         "nbd" => {
             let help = program(super::export::binary(), ["--help"]).output();
@@ -76,12 +80,13 @@ fn find_out(ability: Ability) -> Result<(), String> {
             let knows = String::from_utf8_lossy(&help.stdout).contains("nbd://");
             knows.then_some(()).ok_or("this diskfuse knows no nbd://".into())
         }
-        name => {
-            let path = std::env::var("PATH").unwrap_or_default();
-            let found = std::env::split_paths(&path).any(|folder| folder.join(name).exists());
-            found.then_some(()).ok_or(format!("{name} is not installed"))
-        }
+        name => find_program(name).map(drop).ok_or(format!("{name} is not installed")),
     }
+}
+
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|program| program.exists())
 }
 
 /// Tries one read.
@@ -99,26 +104,27 @@ fn probe(transport: Transport) -> Result<(), String> {
     }
 }
 
-/// FUSE over io_uring, switched on as long as this lives.
-pub struct RingSwitch {
+/// A setting of the kernel, changed as long as this lives.
+pub struct Setting {
+    path: &'static str,
     before: Option<String>,
 }
 
-impl RingSwitch {
-    pub fn set(value: &str) -> RingSwitch {
-        let before = std::fs::read_to_string(SWITCH).ok().filter(|before| before.trim() != value);
-        // Where it cannot be written, the ability tells.
-        let changed = before.is_some() && std::fs::write(SWITCH, value).is_ok();
-        RingSwitch { before: before.filter(|_| changed) }
+impl Setting {
+    /// Changes it where that is needed and possible; where it is not possible, an ability tells.
+    pub fn set(path: &'static str, value: &str) -> Setting {
+        let before = std::fs::read_to_string(path).ok().filter(|before| before.trim() != value);
+        let changed = before.is_some() && std::fs::write(path, value).is_ok();
+        Setting { path, before: before.filter(|_| changed) }
     }
 }
 
-impl Drop for RingSwitch {
+impl Drop for Setting {
     fn drop(&mut self) {
         if let Some(before) = &self.before
-            && let Err(e) = std::fs::write(SWITCH, before)
+            && let Err(e) = std::fs::write(self.path, before)
         {
-            eprintln!("{SWITCH}: was not set back: {e}");
+            eprintln!("{}: was not set back: {e}", self.path);
         }
     }
 }

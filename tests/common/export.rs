@@ -101,8 +101,9 @@ pub struct Export {
     reader: Option<JoinHandle<()>>,
     file: PathBuf,
     mount: Seen,
-    /// What was at the mountpoint before
-    before: Option<Vec<u8>>,
+    /// The mountpoint's own content, if it had any; unknown where something was mounted on it already, or
+    /// where it is the image.
+    before: Option<Option<Vec<u8>>>,
     transport: Option<Transport>,
     has_ended: bool,
     /// Its end ends the watch.
@@ -118,12 +119,14 @@ impl Export {
         options: &[&str],
         tune: impl FnOnce(&mut Command),
     ) -> Result<Export, Ended> {
+        let link = file.is_symlink().then(|| file.canonicalize().expect("a link to something"));
+        let (given, file) = (file, link.as_deref().unwrap_or(file));
         // What is mounted there may be dead: do not touch it.
         let mounted_before = mounts::mounts_at(file);
-        let before =
-            mounted_before.is_empty().then(|| std::fs::read(file).ok()).flatten();
+        let is_its_own = mounted_before.is_empty() && file != Path::new(source);
+        let before = is_its_own.then(|| std::fs::read(file).ok());
         let mut command = Command::new(binary());
-        command.args(options).arg(source).arg(file).env("RUST_LOG", "info");
+        command.args(options).arg(source).arg(given).env("RUST_LOG", "info");
         tune(&mut command);
         let mut child = command
             .stdin(Stdio::null())
@@ -132,7 +135,8 @@ impl Export {
             .spawn()
             .unwrap_or_else(|e| panic!("{command:?}: {e}"));
         let log = Arc::<Mutex<String>>::default();
-        let mut running = Running { reader: Some(collect(&mut child, &log)), child: Some(child), log };
+        let mut running =
+            Running { reader: Some(collect(&mut child, &log)), child: Some(child), log };
         let deadline = Instant::now() + SOON;
         let mount = loop {
             let new = mounts::mounts_at(file).into_iter().find(|m| !mounted_before.contains(m));
@@ -208,10 +212,11 @@ impl Export {
     pub fn wait(&mut self) -> Ended {
         let ended = self.wait_whatever_is_left();
         assert!(!self.is_mounted(), "{}: still mounted: {}", self.file.display(), ended.log);
-        if mounts::mounts_at(&self.file).is_empty() {
+        if let Some(before) = &self.before
+            && mounts::mounts_at(&self.file).is_empty()
+        {
             let left = std::fs::read(&self.file).ok();
-            let same = left == self.before || self.before.is_none() && left.is_none();
-            assert!(same, "{}: not as it was before: {}", self.file.display(), ended.log);
+            assert!(left == *before, "{}: not as it was: {}", self.file.display(), ended.log);
         }
         if let Some(transport) = self.transport {
             let others = Transport::ALL.into_iter().filter(|t| *t != transport);
@@ -236,11 +241,6 @@ impl Export {
             reader.join().expect("it only reads");
         }
         Ended { status: status.expect("it has ended"), log: self.log() }
-    }
-
-    /// The image is the mountpoint: the file is expected to change.
-    pub fn mounted_over_its_image(&mut self) {
-        self.before = None;
     }
 }
 

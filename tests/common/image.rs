@@ -112,7 +112,8 @@ impl Image {
 pub fn write_sparse(path: &Path, bytes: &[u8]) {
     use std::os::unix::fs::FileExt;
     const BLOCK: usize = 4096;
-    let file = std::fs::File::create_new(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let file =
+        std::fs::File::create_new(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     file.set_len(bytes.len() as u64).expect("there is space");
     for (i, block) in bytes.chunks(BLOCK).enumerate() {
         if block.iter().any(|b| *b != 0) {

@@ -33,15 +33,6 @@ pub fn mounts_at(path: &Path) -> Vec<Seen> {
     text.lines().filter_map(parse).collect()
 }
 
-/// Whether anything is mounted at `path` or below.
-pub fn any_below(path: &Path) -> bool {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").expect("/proc is mounted");
-    let below = |line: &str| {
-        line.split(' ').nth(4).is_some_and(|p| Path::new(&unescape(p)).starts_with(path))
-    };
-    text.lines().any(below)
-}
-
 fn unescape(field: &str) -> String {
     let escapes = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
     escapes.iter().fold(field.to_owned(), |text, (code, char)| text.replace(code, char))
