@@ -167,9 +167,7 @@ impl<B: Backend> Loop<B> {
             if reap() > 0 {
                 poller.busy();
                 pin.batch(requests);
-            } else if poller.idle() {
-                std::hint::spin_loop();
-            } else if self.doorbell.may_sleep() {
+            } else if !poller.idle() && self.doorbell.may_sleep() {
                 self.stats.sleeps.add(1);
                 if self.server.in_flight() == 0 {
                     entries.give_back_pages();
