@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use argh::FromArgs;
+use argh::{EarlyExit, FromArgs};
 
 /// Show a disk as a file.
 ///
@@ -177,8 +177,20 @@ const WITH_VALUE: [&str; 5] = ["io-uring", "queue-depth", "allow-other", "pidfil
 const SWITCHES: [&str; 4] = ["read-only", "growable", "direct", "daemonize"];
 /// Words of mount(8) and fstab(5) that mean nothing here, or are so anyway.
 const MOUNT_WORDS: [&str; 14] = [
-    "defaults", "auto", "noauto", "user", "nouser", "users", "nofail", "_netdev", "nosuid", "nodev",
-    "exec", "noexec", "async", "default_permissions",
+    "defaults",
+    "auto",
+    "noauto",
+    "user",
+    "nouser",
+    "users",
+    "nofail",
+    "_netdev",
+    "nosuid",
+    "nodev",
+    "exec",
+    "noexec",
+    "async",
+    "default_permissions",
 ];
 /// Requests in flight: the ring's own limit is far above, memory is not.
 const QUEUE_DEPTHS: std::ops::RangeInclusive<usize> = 1..=4096;
@@ -198,21 +210,19 @@ pub fn parse(words: &[String]) -> Result<Command, UsageError> {
         }
     }
     let split: Vec<&str> = split.iter().map(String::as_str).collect();
-    let words = Words::from_args(&["diskfuse"], &split).map_err(|exit| match exit.status {
-        Ok(()) => Err(Command::Print(exit.output)),
-        Err(()) => Ok(usage(exit.output.trim().replace('\n', " "))),
-    });
-    match words {
+    match Words::from_args(&["diskfuse"], &split) {
         Ok(words) => words.into_command(),
-        Err(Err(print)) => Ok(print),
-        Err(Ok(error)) => Err(error),
+        Err(EarlyExit { output, status: Ok(()) }) => Ok(Command::Print(output)),
+        Err(EarlyExit { output, .. }) => Err(usage(output.trim().replace('\n', " "))),
     }
 }
 
 impl Words {
     fn into_command(mut self) -> Result<Command, UsageError> {
         if self.version {
-            return Ok(Command::Print(concat!("diskfuse ", env!("CARGO_PKG_VERSION"), "\n").into()));
+            return Ok(Command::Print(
+                concat!("diskfuse ", env!("CARGO_PKG_VERSION"), "\n").into(),
+            ));
         }
         let (mut uid, mut gid) = (None, None);
         for list in std::mem::take(&mut self.options) {
@@ -351,7 +361,8 @@ fn parse_size(text: &str) -> Option<u64> {
         _ => return None,
     };
     let size = digits.parse::<u64>().ok()?.checked_mul(1 << shift)?;
-    (i64::try_from(size).is_ok() && digits.starts_with(|c: char| c.is_ascii_digit())).then_some(size)
+    (i64::try_from(size).is_ok() && digits.starts_with(|c: char| c.is_ascii_digit()))
+        .then_some(size)
 }
 
 #[cfg(test)]
@@ -391,7 +402,8 @@ mod tests {
 
     #[test]
     fn mount_helpers_words_are_accepted() {
-        let config = config("a b -o rw,noauto,_netdev,x-systemd.device-timeout=5,allow_other,uid=7,gid=8");
+        let config =
+            config("a b -o rw,noauto,_netdev,x-systemd.device-timeout=5,allow_other,uid=7,gid=8");
         assert_eq!((config.uid, config.gid, config.allow_other), (Some(7), Some(8), When::On));
     }
 

@@ -29,7 +29,9 @@ pub enum Process {
 pub fn split() -> io::Result<Process> {
     let (mut ready, writer) = std::io::pipe()?;
     let Some(child) = sys::fork()? else {
-        return Ok(Process::Background(Background { ready: File::from(std::os::fd::OwnedFd::from(writer)) }));
+        return Ok(Process::Background(Background {
+            ready: File::from(std::os::fd::OwnedFd::from(writer)),
+        }));
     };
     drop(writer);
     let mut byte = [0];

@@ -108,14 +108,11 @@ impl<B: Backend> Export<B> {
     }
 
     /// Carries out `op`. A WRITE's data is at the front of `payload`; a READ's goes there.
-    pub async fn handle(
-        &self,
-        lane: &B::Lane,
-        op: Op,
-        payload: &mut [u8],
-    ) -> Result<Reply, Errno> {
+    pub async fn handle(&self, lane: &B::Lane, op: Op, payload: &mut [u8]) -> Result<Reply, Errno> {
         match op {
-            Op::Read { offset, size } => self.read(lane, offset, &mut payload[..size as usize]).await,
+            Op::Read { offset, size } => {
+                self.read(lane, offset, &mut payload[..size as usize]).await
+            }
             Op::Write { offset, size, durable } => {
                 self.write(lane, offset, &payload[..size as usize], durable).await
             }

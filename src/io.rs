@@ -15,8 +15,8 @@ use std::sync::Arc;
 use async_io::Async;
 use smol::{LocalExecutor, Task};
 
-use crate::{pool, sys};
 use crate::transport::ring::Ring;
+use crate::{pool, sys};
 
 /// A serving thread's I/O. Not `Send`: it stays on its thread.
 pub struct Io {
@@ -88,7 +88,12 @@ impl Io {
 
     /// Reads at `offset` without blocking the thread. May return fewer bytes than asked.
     /// The future must be polled to its end.
-    pub async fn read_at(&self, file: &Arc<File>, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    pub async fn read_at(
+        &self,
+        file: &Arc<File>,
+        buf: &mut [u8],
+        offset: u64,
+    ) -> io::Result<usize> {
         match self.ring() {
             Some(ring) => ring.read_at(&**file, buf, offset).await,
             None => pool::read_at(file, buf, offset).await,

@@ -422,10 +422,7 @@ mod tests {
     #[test]
     fn finds_a_mount_by_its_path_with_spaces() {
         let entry = find_entry(MOUNTINFO, Path::new("/tmp/a b")).unwrap();
-        assert_eq!(
-            entry,
-            Entry { id: 40, fs_type: FS_TYPE.into(), source: "/img x".into() }
-        );
+        assert_eq!(entry, Entry { id: 40, fs_type: FS_TYPE.into(), source: "/img x".into() });
     }
 
     #[test]

@@ -142,8 +142,7 @@ fn serve<B: Backend>(
         .map_err(|e| Failure::Source(format!("{}: {e}", config.source)))?;
     let export = Arc::new(export);
     let stats = Stats::default();
-    let options =
-        session::Options { io_uring: config.io_uring, queue_depth: config.queue_depth };
+    let options = session::Options { io_uring: config.io_uring, queue_depth: config.queue_depth };
     let session = Session::start(device, &export, options, &stats, &control.poller)
         .map_err(|e| Failure::Mount(format!("{}: {e}", mount.path().display())))?;
     log::info!(
@@ -192,11 +191,7 @@ fn verdict<B: Backend>(config: &Config, export: &Export<B>, ended: Ended) -> Res
     Ok(())
 }
 
-fn mount(
-    config: &Config,
-    path: &Path,
-    read_only: bool,
-) -> Result<(Mount, OwnedFd, bool), Failure> {
+fn mount(config: &Config, path: &Path, read_only: bool) -> Result<(Mount, OwnedFd, bool), Failure> {
     let attempt = |allow_other| {
         let source = config.source.to_string();
         let options = mount::Options { source, read_only, allow_other };

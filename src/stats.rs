@@ -113,6 +113,8 @@ mod tests {
         stats.thread(Transport::Uring).reads.add(3);
         stats.thread(Transport::Legacy).writes.add(7);
         assert!(stats.line(Transport::Uring).starts_with("io_uring: 5 reads (0 bytes), 0 writes"));
-        assert!(stats.line(Transport::Legacy).starts_with("/dev/fuse: 0 reads (0 bytes), 7 writes"));
+        assert!(
+            stats.line(Transport::Legacy).starts_with("/dev/fuse: 0 reads (0 bytes), 7 writes")
+        );
     }
 }

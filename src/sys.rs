@@ -212,13 +212,7 @@ pub fn mount(
     let target = c_path(target)?;
     // SAFETY: five C strings and a number.
     check(unsafe {
-        libc::mount(
-            source.as_ptr(),
-            target.as_ptr(),
-            kind.as_ptr(),
-            flags,
-            data.as_ptr().cast(),
-        )
+        libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr().cast())
     })
     .map(drop)
 }
@@ -394,8 +388,10 @@ impl CpuSet {
     /// Moves this thread there.
     pub fn apply(&self) -> io::Result<()> {
         // SAFETY: the call reads the set.
-        check(unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const self.0) })
-            .map(drop)
+        check(unsafe {
+            libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const self.0)
+        })
+        .map(drop)
     }
 }
 

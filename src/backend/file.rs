@@ -87,9 +87,9 @@ impl FileBackend {
     pub fn open(path: &Path, options: Options) -> Result<Arc<FileBackend>, OpenError> {
         let fail = |why: &dyn std::fmt::Display| OpenError(format!("{}: {why}", path.display()));
         let metadata = std::fs::metadata(path).map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => fail(
-                &"no such file or device (an empty disk is made with: truncate -s SIZE FILE)",
-            ),
+            io::ErrorKind::NotFound => {
+                fail(&"no such file or device (an empty disk is made with: truncate -s SIZE FILE)")
+            }
             io::ErrorKind::PermissionDenied => fail(&"permission denied on the way to it"),
             _ => fail(&e),
         })?;
@@ -344,12 +344,7 @@ impl FileLane {
         Ok(())
     }
 
-    async fn read_direct(
-        &self,
-        direct: &Direct,
-        offset: u64,
-        buf: &mut [u8],
-    ) -> io::Result<usize> {
+    async fn read_direct(&self, direct: &Direct, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         let mut done = 0;
         while done < buf.len() {
             match self.io.read_at(&direct.file, &mut buf[done..], offset + done as u64).await {

@@ -3,7 +3,9 @@
 //! All knowledge of opcodes is here. Nothing is borrowed: the data of a WRITE stays where the transport
 //! put it, and [`Op::Write`] says only how much of it there is.
 
-use super::abi::{self, FallocateIn, InHeader, LseekIn, OpenIn, Plain, ReadWriteIn, SetattrIn, opcode};
+use super::abi::{
+    self, FallocateIn, InHeader, LseekIn, OpenIn, Plain, ReadWriteIn, SetattrIn, opcode,
+};
 use crate::errno::Errno;
 
 /// One request, decoded.

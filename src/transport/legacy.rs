@@ -89,7 +89,8 @@ impl<B: Backend> Worker<B> {
         });
         let poller = Poller::new(self.polls);
         let reading = async {
-            let result = channel.clone().read_requests(&server, &self.baton, poller, &self.stats).await;
+            let result =
+                channel.clone().read_requests(&server, &self.baton, poller, &self.stats).await;
             server.drain().await;
             result
         };

@@ -91,7 +91,8 @@ impl Pin {
         let Some(anywhere) = &self.anywhere else { return };
         self.average = (self.average * 15 + requests * 16) / 16;
         // Two thresholds, or it would move for ever between them.
-        let pin = if self.pinned { self.average <= LARGE_BATCH } else { self.average <= SMALL_BATCH };
+        let pin =
+            if self.pinned { self.average <= LARGE_BATCH } else { self.average <= SMALL_BATCH };
         if pin != self.pinned {
             let set = if pin { &self.home } else { anywhere };
             // A CPU may go offline: then the thread stays where it is.
@@ -127,7 +128,7 @@ mod tests {
     #[test]
     fn goes_back_to_polling_when_it_pays_again() {
         let mut poller = Poller::new(true);
-        (0..100).for_each(|_| drop(polls_in_vain(&mut poller)));
+        (0..100).for_each(|_| _ = polls_in_vain(&mut poller));
         for _ in 0..WORST.unsigned_abs() * PROBE {
             if poller.idle() {
                 poller.busy();

@@ -74,7 +74,11 @@ pub enum Progress {
 impl<B: Backend> Queue<B> {
     /// Serves until the connection ends. Reports to `progress`; registers when `proceed` says so, and ends
     /// at once when that is closed.
-    pub fn run(self, progress: mpsc::Sender<Progress>, proceed: mpsc::Receiver<()>) -> io::Result<()> {
+    pub fn run(
+        self,
+        progress: mpsc::Sender<Progress>,
+        proceed: mpsc::Receiver<()>,
+    ) -> io::Result<()> {
         // A session that has gone away does not listen; `proceed` says the same.
         let report = |p| drop(progress.send(p));
         let set_up = || Ok((Ring::new(self.depth as u32)?, Memory::allocate(self.depth)?));
@@ -110,7 +114,8 @@ impl<B: Backend> Queue<B> {
 
         executor.spawn(doorbell.clone().answer(ring.clone())).detach();
         let handlers = executor.run(serve(server.clone(), receiver));
-        Loop { ring, home, server, sender, doorbell, stats: self.stats, qid: self.qid }.run(handlers)
+        Loop { ring, home, server, sender, doorbell, stats: self.stats, qid: self.qid }
+            .run(handlers)
     }
 }
 
