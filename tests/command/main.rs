@@ -7,7 +7,7 @@ use std::fs;
 use std::process::{Command, ExitCode, Stdio};
 
 use common::ability::Ability;
-use common::export::{Export, Transport, binary};
+use common::export::binary;
 use common::sandbox::Sandbox;
 use common::suite::{as_user, run_trials, trial};
 use common::{USER, program};
@@ -282,13 +282,8 @@ fn help_names_every_exit_status() {
 
 fn nothing_is_said_without_need() {
     let sandbox = Sandbox::new();
-    let options = [Transport::Legacy.option()];
-    let mut export = Export::try_start("mem:1M", &sandbox.join("disk"), &options, |command| {
-        command.env_remove("RUST_LOG");
-    })
-    .unwrap_or_else(|ended| panic!("{}", ended.log));
-    fs::read(export.file()).unwrap();
-    let ended = export.stop(libc::SIGTERM);
-    ended.assert(0, &[]);
-    assert_eq!(ended.log, "");
+    let run = ["--run", r#"cmp -n 1M "$DISKFUSE_FILE" /dev/zero"#, "mem:1M"];
+    let output = program(binary(), run).arg(sandbox.join("disk")).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
 }

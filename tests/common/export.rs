@@ -139,8 +139,10 @@ impl Export {
             Running { reader: Some(collect(&mut child, &log)), child: Some(child), log };
         let deadline = Instant::now() + SOON;
         let mount = loop {
-            let new = mounts::mounts_at(file).into_iter().find(|m| !mounted_before.contains(m));
-            if let Some(mount) = new {
+            // Said once it serves. Till then it may be mounted, and yet be refused.
+            if running.log().contains(" is at ")
+                && let Some(mount) = mounts::mounts_at(file).pop()
+            {
                 break mount;
             }
             if let Some(status) = running.try_wait() {
@@ -216,7 +218,8 @@ impl Export {
             && mounts::mounts_at(&self.file).is_empty()
         {
             let left = std::fs::read(&self.file).ok();
-            assert!(left == *before, "{}: not as it was: {}", self.file.display(), ended.log);
+            let lengths = (left.as_ref().map(Vec::len), before.as_ref().map(Vec::len));
+            assert!(left == *before, "not as it was: {lengths:?}: {}", ended.log);
         }
         if let Some(transport) = self.transport {
             let others = Transport::ALL.into_iter().filter(|t| *t != transport);
