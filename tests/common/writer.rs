@@ -124,11 +124,14 @@ impl Written {
 /// `fio` with 4 jobs at depth 64 on a part of a file; killed when dropped.
 pub struct Load(Child);
 
+const JOBS: usize = 4;
+
 impl Load {
     pub fn start(path: &Path, offset: usize, len: usize) -> Load {
         let fio = Command::new("fio")
             .args(["--name=load", "--rw=randrw", "--rwmixread=70", "--bs=4k", "--iodepth=64"])
-            .args(["--numjobs=4", "--thread", "--ioengine=libaio", "--direct=1", "--time_based"])
+            .arg(format!("--numjobs={JOBS}"))
+            .args(["--thread", "--ioengine=libaio", "--direct=1", "--time_based"])
             .args(["--runtime=60", "--allow_file_create=0", "--filename"])
             .arg(path)
             .args([format!("--offset={offset}"), format!("--size={len}")])
@@ -136,7 +139,14 @@ impl Load {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn();
-        Load(fio.expect("fio is there"))
+        let load = Load(fio.expect("fio is there"));
+        // Not before it has the file open may the file be taken away: it would take the next of that name.
+        let fds = format!("/proc/{}/fd", load.0.id());
+        eventually("fio's files", || {
+            let links = std::fs::read_dir(&fds).into_iter().flatten().flatten();
+            links.filter(|fd| fd.path().read_link().is_ok_and(|p| p == path)).count() >= JOBS
+        });
+        load
     }
 
     /// Kills it, unless it has ended already; it must not hang.
