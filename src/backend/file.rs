@@ -16,6 +16,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use super::range_lock::RangeLock;
 use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
@@ -27,6 +28,9 @@ const ZEROES_LEN: usize = 256 << 10;
 /// One byte far behind any data stands for "exported writable". Other programs' locks are elsewhere:
 /// qemu's tools lock bytes 100 to 299.
 const WRITER_LOCK: u64 = i64::MAX as u64 - 1;
+
+/// How long the lock is waited for.
+const KILLED_HOLDS_LOCK: Duration = Duration::from_secs(1);
 
 /// How to open a local source.
 #[derive(Clone, Copy, Debug, Default)]
@@ -118,7 +122,7 @@ impl FileBackend {
             _ => fail(&e),
         })?;
         if !read_only {
-            sys::lock_byte(&file, WRITER_LOCK).map_err(|e| match e.raw_os_error() {
+            lock(&file).map_err(|e| match e.raw_os_error() {
                 Some(libc::EAGAIN | libc::EACCES) => {
                     fail(&"already exported writable; end that export, or use -r")
                 }
@@ -192,6 +196,20 @@ impl FileBackend {
                 size - 1
             )),
             Err(e) => Err(format!("the last of its {size} bytes cannot be read: {e}")),
+        }
+    }
+}
+
+/// Takes the writer's lock. A diskfuse that was killed a moment ago may still have it: the kernel ends I/O in
+/// flight, which holds the file, after the process.
+fn lock(file: &File) -> io::Result<()> {
+    let deadline = Instant::now() + KILLED_HOLDS_LOCK;
+    loop {
+        match sys::lock_byte(file, WRITER_LOCK) {
+            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
         }
     }
 }

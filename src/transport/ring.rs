@@ -60,11 +60,23 @@ impl Ring {
             .setup_submit_all()
             .setup_cqsize(entries.next_power_of_two() * 4)
             .build(entries.next_power_of_two())?;
-        Ok(Rc::new(Ring {
+        let ring = Ring {
             uring: RefCell::new(uring),
             operations: RefCell::new(Slab::new()),
             unsubmitted: Cell::new(0),
-        }))
+        };
+        ring.probe()?;
+        Ok(Rc::new(ring))
+    }
+
+    /// Sees one completion. A seccomp filter may allow the set-up and forbid the rest, and a ring that is promised
+    /// to FUSE but cannot be entered would hang the mount.
+    fn probe(&self) -> io::Result<()> {
+        // SAFETY: it uses no memory.
+        drop(unsafe { self.operation(opcode::Nop::new().build().into(), false) });
+        self.enter(true)?;
+        self.reap(|_, _| unreachable!("no FUSE entry is registered yet"));
+        Ok(())
     }
 
     /// An eventfd that the kernel signals when there is something to [`reap`](Ring::reap) after an

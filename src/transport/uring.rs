@@ -99,7 +99,13 @@ impl<B: Backend> Queue<B> {
             return Ok(());
         }
 
-        let entries = Entries::register(ring.clone(), self.device, self.qid, memory)?;
+        let entries = match Entries::register(ring.clone(), self.device, self.qid, memory) {
+            Ok(entries) => entries,
+            Err(e) => {
+                report(Progress::Refused(io::Error::new(e.kind(), e.to_string())));
+                return Err(e);
+            }
+        };
         let home = Rc::new(Committer { entries: entries.clone() });
         let (sender, receiver) = channel::bounded(self.depth);
         let mut refused = None;
