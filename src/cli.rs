@@ -1,17 +1,21 @@
 //! The command line: words become one validated [`Config`].
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use argh::{EarlyExit, FromArgs};
 
+use crate::backend::nbd::Uri;
+
 /// Show a disk as a file.
 ///
-/// SOURCE is the path of a disk image or a block device, or mem:SIZE for a sparse disk in memory. MOUNTPOINT
-/// is a regular file; it is created if it is missing, and removed again at the end.
+/// SOURCE is a remote disk (nbd://HOST[:PORT]/[EXPORT], nbd+unix:///[EXPORT]?socket=PATH, or nbds and nbds+unix
+/// for TLS), the path of a disk image or a block device, or mem:SIZE for a sparse disk in memory. MOUNTPOINT is a
+/// regular file; it is created if it is missing, and removed again at the end.
 #[derive(FromArgs, Debug)]
 #[argh(
     name = "diskfuse",
-    example = "Show an image, and put a file system on it:\n  truncate -s 1G disk.img\n  {command_name} disk.img ./disk &\n  mkfs.ext4 ./disk",
+    example = "Show another host's disk:\n  {command_name} nbd://storage/vm1 ./vm1.img\n\nServe an image while a command runs:\n  {command_name} --run 'e2fsck -f \"$DISKFUSE_FILE\"' disk.img",
     note = "Ends on SIGINT, SIGTERM, SIGHUP or when MOUNTPOINT is unmounted. More in the man page: diskfuse(1).",
     error_code(0, "Clean"),
     error_code(1, "It failed while serving, or the last flush failed"),
@@ -62,11 +66,24 @@ struct Words {
     #[argh(option, arg_name = "cmd")]
     run: Option<String>,
 
+    /// for nbds: a folder with ca-cert.pem, client-cert.pem and client-key.pem, where they are needed (the
+    /// system's certificates)
+    #[argh(option, arg_name = "dir")]
+    tls_certificates: Option<String>,
+
+    /// seconds until a server that does not answer counts as unreachable (10)
+    #[argh(option, arg_name = "s")]
+    connect_timeout: Option<String>,
+
+    /// print what the NBD server at this URI exports, and end
+    #[argh(option, arg_name = "uri")]
+    list: Option<String>,
+
     /// print what SOURCE is, and end
     #[argh(option, arg_name = "source")]
     info: Option<String>,
 
-    /// print --info as JSON
+    /// print --info or --list as JSON
     #[argh(switch)]
     json: bool,
 
@@ -93,6 +110,8 @@ pub enum When {
 /// Where the bytes are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
+    /// An export of an NBD server.
+    Nbd(Uri),
     /// A regular file or a block device.
     Path(PathBuf),
     /// So many bytes of memory.
@@ -102,6 +121,7 @@ pub enum Source {
 impl std::fmt::Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Source::Nbd(uri) => write!(f, "{uri}"),
             Source::Path(path) => write!(f, "{}", path.display()),
             Source::Memory(size) => write!(f, "mem:{size}"),
         }
@@ -137,6 +157,17 @@ pub struct Config {
     pub pidfile: Option<PathBuf>,
     /// Serve while this shell command runs.
     pub run: Option<String>,
+    /// How to reach a remote source.
+    pub remote: Remote,
+}
+
+/// How to reach a server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Remote {
+    /// Where the certificates for TLS are; none: the system's.
+    pub tls_certificates: Option<PathBuf>,
+    /// How long a server may take to answer.
+    pub connect_timeout: Duration,
 }
 
 /// What is to be done.
@@ -150,6 +181,17 @@ pub enum Command {
         source: Source,
         /// As JSON.
         json: bool,
+        /// How to reach it.
+        remote: Remote,
+    },
+    /// Say what a server has.
+    List {
+        /// The server.
+        uri: Uri,
+        /// As JSON.
+        json: bool,
+        /// How to reach it.
+        remote: Remote,
     },
     /// Print this and end well.
     Print(String),
@@ -172,7 +214,15 @@ fn usage(why: impl Into<String>) -> UsageError {
 }
 
 /// The options that take a value, for `name=value`.
-const WITH_VALUE: [&str; 5] = ["io-uring", "queue-depth", "allow-other", "pidfile", "run"];
+const WITH_VALUE: [&str; 7] = [
+    "io-uring",
+    "queue-depth",
+    "allow-other",
+    "pidfile",
+    "run",
+    "tls-certificates",
+    "connect-timeout",
+];
 /// The options that take none.
 const SWITCHES: [&str; 4] = ["read-only", "growable", "direct", "daemonize"];
 /// Words of mount(8) and fstab(5) that mean nothing here, or are so anyway.
@@ -192,6 +242,8 @@ const MOUNT_WORDS: [&str; 14] = [
     "async",
     "default_permissions",
 ];
+/// How long a server may take to answer, unless the user says otherwise.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Requests in flight: the ring's own limit is far above, memory is not.
 const QUEUE_DEPTHS: std::ops::RangeInclusive<usize> = 1..=4096;
 
@@ -230,14 +282,30 @@ impl Words {
                 self.mount_option(option, &mut uid, &mut gid)?;
             }
         }
-        if let Some(source) = &self.info {
-            if let Some(word) = self.operands.first() {
+        let remote = Remote {
+            tls_certificates: self.tls_certificates.map(PathBuf::from),
+            connect_timeout: parse_seconds(self.connect_timeout.as_deref())?,
+        };
+        let json = self.json;
+        match (&self.info, &self.list, self.operands.first()) {
+            (Some(_), Some(_), _) => return Err(usage("--info and --list exclude each other")),
+            (Some(_), _, Some(word)) => {
                 return Err(usage(format!("--info takes one SOURCE, not also {word}")));
             }
-            return Ok(Command::Info { source: parse_source(source)?, json: self.json });
-        }
-        if self.json {
-            return Err(usage("--json goes with --info"));
+            (_, Some(_), Some(word)) => {
+                return Err(usage(format!("--list takes one URI, not also {word}")));
+            }
+            (Some(source), ..) => {
+                return Ok(Command::Info { source: parse_source(source)?, json, remote });
+            }
+            (_, Some(uri), _) => {
+                return match parse_source(uri)? {
+                    Source::Nbd(uri) => Ok(Command::List { uri, json, remote }),
+                    _ => Err(usage(format!("--list wants an NBD URI, not {uri}"))),
+                };
+            }
+            _ if json => return Err(usage("--json goes with --info and --list")),
+            _ => {}
         }
         if self.daemonize && self.run.is_some() {
             return Err(usage("--daemonize and --run exclude each other"));
@@ -265,6 +333,7 @@ impl Words {
             daemonize: self.daemonize,
             pidfile: self.pidfile.map(PathBuf::from),
             run: self.run,
+            remote,
         }))
     }
 
@@ -293,6 +362,8 @@ impl Words {
             ("daemonize", None) => self.daemonize = true,
             ("pidfile", Some(value)) => self.pidfile = Some(value.into()),
             ("run", Some(value)) => self.run = Some(value.into()),
+            ("tls-certificates", Some(value)) => self.tls_certificates = Some(value.into()),
+            ("connect-timeout", Some(value)) => self.connect_timeout = Some(value.into()),
             ("io-uring", Some(value)) => self.io_uring = Some(value.into()),
             ("queue-depth", Some(value)) => self.queue_depth = Some(value.into()),
             ("allow-other", Some(value)) => self.allow_other = Some(value.into()),
@@ -331,6 +402,13 @@ fn parse_depth(value: &str) -> Result<usize, UsageError> {
     })
 }
 
+fn parse_seconds(value: Option<&str>) -> Result<Duration, UsageError> {
+    let Some(value) = value else { return Ok(CONNECT_TIMEOUT) };
+    value.parse().ok().filter(|s| (1..=3600).contains(s)).map(Duration::from_secs).ok_or_else(
+        || usage(format!("--connect-timeout is a number of seconds from 1 to 3600, not {value:?}")),
+    )
+}
+
 fn parse_source(text: &str) -> Result<Source, UsageError> {
     if text.is_empty() {
         return Err(usage("SOURCE is empty"));
@@ -339,6 +417,9 @@ fn parse_source(text: &str) -> Result<Source, UsageError> {
         return Ok(Source::Memory(parse_size(size).ok_or_else(|| {
             usage(format!("mem:SIZE wants bytes, or a number with K, M, G or T, not {size:?}"))
         })?));
+    }
+    if Uri::is_nbd(text) {
+        return text.parse().map(Source::Nbd).map_err(|e| usage(format!("{text}: {e}")));
     }
     // A path may have a colon and even "//" in it, but not in this way.
     if let Some((scheme, _)) = text.split_once("://") {
@@ -447,10 +528,27 @@ mod tests {
 
     #[test]
     fn info_takes_a_source() {
+        let info = words("--info mem:4K --json");
         let source = Source::Memory(4096);
-        assert_eq!(words("--info mem:4K --json"), Ok(Command::Info { source, json: true }));
+        assert!(matches!(info, Ok(Command::Info { source: s, json: true, .. }) if s == source));
         assert!(error("--info a b").contains("not also b"));
         assert!(error("--json a b").contains("--info"));
+    }
+
+    #[test]
+    fn list_takes_an_nbd_uri() {
+        assert!(matches!(words("--list nbd://host"), Ok(Command::List { json: false, .. })));
+        assert!(error("--list disk.img").contains("NBD URI"));
+        assert!(error("--list nbd://host --info a").contains("exclude"));
+    }
+
+    #[test]
+    fn nbd_uris_are_sources() {
+        let config = config("nbd://storage/vm1 b --connect-timeout 3 --tls-certificates /pki");
+        assert_eq!(config.source.to_string(), "nbd://storage/vm1");
+        assert_eq!(config.remote.connect_timeout, Duration::from_secs(3));
+        assert!(error("nbd://storage/vm1?nonsense=1 b").contains("nonsense"));
+        assert!(error("nbd://storage/vm1 b --connect-timeout 0").contains("from 1 to 3600"));
     }
 
     #[test]

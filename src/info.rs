@@ -1,9 +1,10 @@
-//! `--info`: what a source is, for people and for scripts.
+//! `--info` and `--list`: what a source is, and what a server has, for people and for scripts.
 
 use serde::Serialize;
 
 use crate::backend::Backend;
 use crate::backend::file::FileBackend;
+use crate::backend::nbd::info::ExportInfo;
 
 /// What is known of a local source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -38,6 +39,25 @@ impl LocalInfo {
             preferred_block_size: capabilities.preferred_io_bytes,
         })
     }
+}
+
+/// What is known of a remote source.
+#[derive(Clone, Debug, Serialize)]
+pub struct RemoteInfo {
+    /// As it was named.
+    pub source: String,
+    /// "nbd"
+    pub kind: &'static str,
+    /// What the server tells.
+    #[serde(flatten)]
+    pub export: ExportInfo,
+}
+
+/// What a server has.
+#[derive(Clone, Debug, Serialize)]
+pub struct Listing {
+    /// Its exports.
+    pub exports: Vec<ExportInfo>,
 }
 
 /// One `name: value` a line, or one JSON object; both from the same fields.
@@ -90,7 +110,7 @@ mod tests {
     use super::*;
 
     fn info() -> LocalInfo {
-        let backend = FileBackend::memory(65536, Default::default()).unwrap();
+        let backend = FileBackend::memory(65536, false).unwrap();
         LocalInfo::of("mem:64K".into(), &backend).unwrap()
     }
 

@@ -29,6 +29,7 @@
 //! | [`transport::slot`] | each piece of the mapping has one owner |
 //! | [`transport::ring`] | memory given to the kernel is not used until its completion is reaped |
 //! | [`transport::entries`] | an entry's memory is moved in with the commit, and out with the completion |
+//! | `backend::nbd::inflight` | a buffer is in the table only while a live request borrows it |
 //! | [`pool`] | a buffer on loan stays borrowed until the work has ended |
 
 pub mod backend;

@@ -20,12 +20,17 @@ fn main() -> ExitCode {
     start_log();
     match command {
         Ok(Command::Print(text)) => print(&text),
-        Ok(Command::Info { source, json }) => match run::info(&source, json) {
-            Ok(text) => print(&text),
-            Err(failure) => fail(&failure.to_string(), failure.status()),
-        },
+        Ok(Command::Info { source, json, remote }) => answer(run::info(&source, json, &remote)),
+        Ok(Command::List { uri, json, remote }) => answer(run::list(&uri, json, &remote)),
         Ok(Command::Serve(config)) => serve(&config),
         Err(why) => fail(&why, USAGE),
+    }
+}
+
+fn answer(result: Result<String, run::Failure>) -> ExitCode {
+    match result {
+        Ok(text) => print(&text),
+        Err(failure) => fail(&failure.to_string(), failure.status()),
     }
 }
 

@@ -19,10 +19,11 @@ use tempfile::TempDir;
 
 use crate::backend::Backend;
 use crate::backend::file::{self, FileBackend};
-use crate::cli::{Config, Source, When};
+use crate::backend::nbd::{self, NbdBackend, Uri};
+use crate::cli::{Config, Remote, Source, When};
 use crate::daemon::{self, Background, Pidfile};
 use crate::export::{Export, Policy};
-use crate::info::{self, LocalInfo};
+use crate::info::{self, Listing, LocalInfo, RemoteInfo};
 use crate::mount::{self, Mount, Mountpoint, Unmounted};
 use crate::session::{self, Session};
 use crate::stats::{Stats, Transport};
@@ -73,36 +74,65 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
     // Before any thread is started, so that all of them leave these signals to the control thread.
     let control = Control::new(config.run.is_some())
         .map_err(|e| Failure::Serving(format!("signals: {e}")))?;
-    let backend = open_local(&config.source, file_options(config));
-    serve(config, backend.map_err(Failure::Source)?, control, background)
-}
-
-fn file_options(config: &Config) -> file::Options {
-    file::Options { read_only: config.read_only, direct: config.direct }
-}
-
-fn open_local(source: &Source, options: file::Options) -> Result<Arc<FileBackend>, String> {
-    match source {
-        Source::Path(path) => FileBackend::open(path, options),
-        Source::Memory(size) => FileBackend::memory(*size, options),
+    match &config.source {
+        Source::Nbd(uri) => {
+            let backend = NbdBackend::connect(uri, &nbd_options(&config.remote));
+            serve(config, backend.map_err(|e| remote_failure(uri, &e))?, control, background)
+        }
+        Source::Path(path) => {
+            let options = file::Options { read_only: config.read_only, direct: config.direct };
+            let backend = FileBackend::open(path, options);
+            serve(config, backend.map_err(local_failure)?, control, background)
+        }
+        Source::Memory(size) => {
+            let backend = FileBackend::memory(*size, config.read_only);
+            serve(config, backend.map_err(local_failure)?, control, background)
+        }
     }
-    .map_err(|e| e.to_string())
+}
+
+fn nbd_options(remote: &Remote) -> nbd::Options {
+    nbd::Options {
+        tls_certificates: remote.tls_certificates.clone(),
+        connect_timeout: remote.connect_timeout,
+    }
+}
+
+fn local_failure(e: file::OpenError) -> Failure {
+    Failure::Source(e.to_string())
+}
+
+fn remote_failure(uri: &Uri, e: &nbd::Error) -> Failure {
+    Failure::Source(format!("{uri}: {e}"))
 }
 
 /// What a source is, as text or JSON.
-pub fn info(source: &Source, json: bool) -> Result<String, Failure> {
-    let fail = |e: &dyn std::fmt::Display| Failure::Source(format!("{source}: {e}"));
-    // Asking must not lock out who wants to write; whether the source may be written is asked for separately.
-    let options = file::Options { read_only: true, direct: false };
-    let backend = open_local(source, options).map_err(Failure::Source)?;
-    let mut info = LocalInfo::of(source.to_string(), &backend).map_err(|e| fail(&e))?;
-    if let Source::Path(path) = source {
-        info.read_only = std::fs::OpenOptions::new().write(true).open(path).is_err();
-    } else {
-        info.read_only = false;
-    }
-    info.resizable = !info.read_only && info.kind != "block device";
-    info::text(&info, json).map_err(|e| fail(&e))
+pub fn info(source: &Source, json: bool, remote: &Remote) -> Result<String, Failure> {
+    let text = match source {
+        Source::Nbd(uri) => {
+            let export = nbd::info::info(uri, &nbd_options(remote));
+            let export = export.map_err(|e| remote_failure(uri, &e))?;
+            info::text(&RemoteInfo { source: uri.to_string(), kind: "nbd", export }, json)
+        }
+        Source::Path(path) => {
+            let info = FileBackend::look_at(path).map_err(local_failure)?;
+            info::text(&info, json)
+        }
+        Source::Memory(size) => {
+            let backend = FileBackend::memory(*size, false).map_err(local_failure)?;
+            let info = LocalInfo::of(source.to_string(), &backend);
+            let info = info.map_err(|e| Failure::Source(format!("{source}: {e}")))?;
+            info::text(&info, json)
+        }
+    };
+    text.map_err(|e| Failure::Source(format!("{source}: {e}")))
+}
+
+/// What a server has, as text or JSON.
+pub fn list(uri: &Uri, json: bool, remote: &Remote) -> Result<String, Failure> {
+    let exports = nbd::info::list(uri, &nbd_options(remote));
+    let exports = exports.map_err(|e| remote_failure(uri, &e))?;
+    info::text(&Listing { exports }, json).map_err(|e| Failure::Source(format!("{uri}: {e}")))
 }
 
 /// The mountpoint that was asked for, or one of its own in a temporary folder that goes with it.
@@ -114,7 +144,7 @@ fn place(config: &Config) -> Result<(PathBuf, Option<TempDir>), Failure> {
     let folder = folder.map_err(|e| Failure::Mount(format!("a temporary folder: {e}")))?;
     let name = match &config.source {
         Source::Path(path) => path.file_name(),
-        Source::Memory(_) => None,
+        Source::Nbd(_) | Source::Memory(_) => None,
     };
     Ok((folder.path().join(name.unwrap_or("disk".as_ref())), Some(folder)))
 }

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use super::range_lock::RangeLock;
 use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
+use crate::info::LocalInfo;
 use crate::io::Io;
 use crate::{pool, sys};
 
@@ -136,12 +137,23 @@ impl FileBackend {
         Ok(Arc::new(backend))
     }
 
+    /// Says what `path` is, without locking out who wants to write.
+    pub fn look_at(path: &Path) -> Result<LocalInfo, OpenError> {
+        let options = Options { read_only: true, direct: false };
+        let backend = FileBackend::open(path, options)?;
+        let name = path.display().to_string();
+        let info = LocalInfo::of(name, &backend)
+            .map_err(|e| OpenError(format!("{}: {e}", path.display())))?;
+        let read_only = OpenOptions::new().write(true).open(path).is_err();
+        Ok(LocalInfo { read_only, resizable: !read_only && !backend.is_device, ..info })
+    }
+
     /// `size` bytes of sparse memory.
-    pub fn memory(size: u64, options: Options) -> Result<Arc<FileBackend>, OpenError> {
+    pub fn memory(size: u64, read_only: bool) -> Result<Arc<FileBackend>, OpenError> {
         let make = || {
             let file = sys::memfd("diskfuse")?;
             file.set_len(size)?;
-            let backend = FileBackend::new(file, None, options.read_only)?;
+            let backend = FileBackend::new(file, None, read_only)?;
             io::Result::Ok(FileBackend { is_memory: true, ..backend })
         };
         make().map(Arc::new).map_err(|e| OpenError(format!("mem:{size}: {e}")))

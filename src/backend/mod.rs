@@ -15,6 +15,7 @@ use std::sync::Arc;
 use crate::io::Io;
 
 pub mod file;
+pub mod nbd;
 pub mod range_lock;
 
 /// What a source is and what it allows, fixed while it is served.

@@ -1,0 +1,248 @@
+//! File operations as NBD commands: what is too long is split, what the server lacks is made up
+//! for.
+//!
+//! Offsets and lengths are multiples of the server's minimum block size here; [`super::blocks`]
+//! sees to it.
+
+use std::future::poll_fn;
+use std::io;
+use std::sync::Arc;
+use std::task::Poll;
+
+use super::connection::Connection;
+use super::inflight::Extent;
+use super::wire::{Command, DEFAULT_MAX_PAYLOAD, FLAG_FUA, FLAG_NO_HOLE, transmission_flag};
+use crate::backend::{Seek, Zero};
+
+/// The longest WRITE_ZEROES, in bytes: a longer one could keep the server busy past everyone's
+/// patience.
+const MAX_ZERO: u64 = 1 << 30;
+/// Where halving after `EOVERFLOW` ends, in bytes.
+const MIN_ZERO: u64 = 64 << 10;
+/// The length of written zeroes, in bytes.
+const WRITTEN_ZEROES: u64 = 1 << 20;
+/// How far a BLOCK_STATUS asks at first, in bytes. It doubles while nothing is found, so that a
+/// copy that goes from extent to extent does not make the server list the whole disk each time.
+const FIRST_STATUS: u64 = 64 << 20;
+const MAX_STATUS: u64 = 2 << 30;
+
+/// The commands of one connection.
+#[derive(Clone)]
+pub struct Commands {
+    connection: Arc<Connection>,
+    /// The longest READ and WRITE, in bytes: a multiple of `minimum`.
+    max_payload: usize,
+    /// The server's minimum block size in bytes: a power of two.
+    minimum: u64,
+}
+
+impl Commands {
+    /// Over `connection`.
+    pub fn new(connection: Arc<Connection>) -> Commands {
+        let sizes = connection.export().block_sizes;
+        let longest = sizes.maximum.min(DEFAULT_MAX_PAYLOAD);
+        Commands {
+            max_payload: (longest - longest % sizes.minimum) as usize,
+            minimum: sizes.minimum.into(),
+            connection,
+        }
+    }
+
+    /// The server's minimum block size in bytes.
+    pub fn minimum(&self) -> u64 {
+        self.minimum
+    }
+
+    fn has(&self, flag: u16) -> bool {
+        self.connection.export().has(flag)
+    }
+
+    /// Fills `buf` from `offset`.
+    pub async fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        // A length of zero is an error to the server.
+        if buf.is_empty() {
+            return Ok(());
+        } else if buf.len() <= self.max_payload {
+            return self.connection.read(offset, buf).await;
+        }
+        let pieces = (offset..).step_by(self.max_payload).zip(buf.chunks_mut(self.max_payload));
+        all(pieces.map(|(at, piece)| self.connection.read(at, piece))).await
+    }
+
+    /// Writes `data` at `offset`; with `durable` it is on stable storage when this returns, as far
+    /// as the server can do that: by FUA, or else by FLUSH.
+    pub async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+        let fua = durable && self.has(transmission_flag::SEND_FUA);
+        let flags = if fua { FLAG_FUA } else { 0 };
+        if data.is_empty() {
+            // As above.
+        } else if data.len() <= self.max_payload {
+            self.connection.write(offset, data, flags).await?;
+        } else {
+            let pieces = (offset..).step_by(self.max_payload).zip(data.chunks(self.max_payload));
+            all(pieces.map(|(at, piece)| self.connection.write(at, piece, flags))).await?;
+        }
+        if durable && !fua { self.flush().await } else { Ok(()) }
+    }
+
+    /// Makes completed writes durable, on every connection; nothing where the server has no FLUSH.
+    pub async fn flush(&self) -> io::Result<()> {
+        if !self.has(transmission_flag::SEND_FLUSH) {
+            return Ok(());
+        }
+        self.connection.command(Command::Flush, 0, 0, 0).await.map(drop)
+    }
+
+    /// Whether ranges can be zeroed without writing zeroes.
+    pub fn has_write_zeroes(&self) -> bool {
+        self.has(transmission_flag::SEND_WRITE_ZEROES)
+    }
+
+    /// Makes the range read as zeroes. `EOPNOTSUPP` for [`Zero::Punch`] without the server's
+    /// WRITE_ZEROES.
+    pub async fn zero(&self, offset: u64, length: u64, how: Zero) -> io::Result<()> {
+        let unsupported = || io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+        let zeroed = match self.has_write_zeroes() {
+            true => self.write_zeroes(offset, length, how).await,
+            false => Err(unsupported()),
+        };
+        match zeroed {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) && how == Zero::Keep => {
+                self.written_zeroes(offset, length).await
+            }
+            zeroed => zeroed,
+        }
+    }
+
+    async fn write_zeroes(&self, mut offset: u64, mut length: u64, how: Zero) -> io::Result<()> {
+        let flags = match how {
+            Zero::Punch => 0,
+            Zero::Keep => FLAG_NO_HOLE,
+        };
+        let mut longest = MAX_ZERO;
+        while length > 0 {
+            let piece = length.min(longest);
+            match self.connection.command(Command::WriteZeroes, flags, offset, piece).await {
+                Ok(_) => {
+                    offset += piece;
+                    length -= piece;
+                }
+                Err(error)
+                    if error.raw_os_error() == Some(libc::EOVERFLOW) && piece > self.min_zero() =>
+                {
+                    longest = (piece / 2).next_multiple_of(self.minimum);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn min_zero(&self) -> u64 {
+        MIN_ZERO.max(self.minimum)
+    }
+
+    async fn written_zeroes(&self, mut offset: u64, mut length: u64) -> io::Result<()> {
+        // Not touched, so not backed by memory of its own.
+        let zeroes = vec![0; length.min(WRITTEN_ZEROES) as usize];
+        while length > 0 {
+            let piece = &zeroes[..length.min(WRITTEN_ZEROES) as usize];
+            self.write(offset, piece, false).await?;
+            offset += piece.len() as u64;
+            length -= piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// The next data or hole at or after `offset`, which need not be aligned. `ENXIO`: no data
+    /// follows. Where the server does not tell, everything is data.
+    pub async fn seek(&self, offset: u64, what: Seek) -> io::Result<u64> {
+        let export = self.connection.export();
+        let size = export.size;
+        if export.base_allocation.is_none() {
+            return Ok(if what == Seek::Data { offset } else { size });
+        }
+        let mut longest = FIRST_STATUS;
+        let mut at = offset;
+        while at < size {
+            let start = at - at % self.minimum;
+            let length = longest.min(size - start);
+            let extents = self.connection.command(Command::BlockStatus, 0, start, length).await?;
+            let end = match find(start, &extents, at, what) {
+                Found::At(found) if found < size => return Ok(found),
+                Found::At(_) => break,
+                Found::NotBefore(end) => end,
+            };
+            if end <= at {
+                log::error!("the server's block status of {length} bytes at {start} is too short");
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+            at = end;
+            longest = (longest * 2).min(MAX_STATUS);
+        }
+        if what == Seek::Hole { Ok(size) } else { Err(io::Error::from_raw_os_error(libc::ENXIO)) }
+    }
+}
+
+/// Runs the pieces of a request at the same time, so that splitting costs no round trips; the first
+/// error counts, once all have ended. A request has few pieces: one of FUSE's carries 1 MiB at
+/// most.
+async fn all(pieces: impl Iterator<Item = impl Future<Output = io::Result<()>>>) -> io::Result<()> {
+    let mut pieces: Vec<_> = pieces.map(Box::pin).collect();
+    let mut result = Ok(());
+    poll_fn(|cx| {
+        pieces.retain_mut(|piece| match piece.as_mut().poll(cx) {
+            Poll::Ready(ended) => {
+                if result.is_ok() {
+                    result = ended;
+                }
+                false
+            }
+            Poll::Pending => true,
+        });
+        if pieces.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+    result
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Found {
+    At(u64),
+    NotBefore(u64),
+}
+
+/// Looks for `what` at or after `from` in the extents that begin at `start`. They may end early, or
+/// late.
+fn find(start: u64, extents: &[Extent], from: u64, what: Seek) -> Found {
+    let mut begin = start;
+    for extent in extents {
+        let end = begin.saturating_add(extent.length);
+        if end > from && extent.zero == (what == Seek::Hole) {
+            return Found::At(begin.max(from));
+        }
+        begin = end;
+    }
+    Found::NotBefore(begin)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_may_be_short_or_long() {
+        let extents = [
+            Extent { length: 100, zero: true },
+            Extent { length: 50, zero: false },
+            Extent { length: u64::MAX, zero: true },
+        ];
+        assert_eq!(find(0, &extents, 0, Seek::Hole), Found::At(0));
+        assert_eq!(find(0, &extents, 10, Seek::Hole), Found::At(10));
+        assert_eq!(find(0, &extents, 10, Seek::Data), Found::At(100));
+        assert_eq!(find(0, &extents, 120, Seek::Data), Found::At(120));
+        assert_eq!(find(0, &extents, 120, Seek::Hole), Found::At(150));
+        assert_eq!(find(0, &extents, 200, Seek::Data), Found::NotBefore(u64::MAX));
+        assert_eq!(find(0, &extents[..1], 10, Seek::Data), Found::NotBefore(100));
+    }
+}

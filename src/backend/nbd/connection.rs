@@ -1,0 +1,391 @@
+//! One connection in transmission: any number of callers, one driver.
+//!
+//! ```text
+//!  caller ── Ask ──> table + send queue ──sendmsg──> socket        (send loop)
+//!  caller <─ wake ── table <── replies  <──recvmsg── socket        (receive loop)
+//! ```
+//!
+//! A request is put into the table and the send queue, and wakes the send loop; that lets the
+//! handlers that can run do so, so that their requests leave with the same system call, and sends.
+//! The receive loop waits for readiness, receives, and wakes those whose answers are complete.
+//!
+//! Both loops are the *driver*, a task of one lane's thread. All state is under one mutex, held for
+//! moments and for the (non-blocking) system calls. Where each lane has a connection of its own, it
+//! is never contended. Where lanes share one, each of them brings a [`Driver`]; the first to come
+//! drives, and when its lane ends the next one takes over where it stopped.
+//!
+//! A connection that is lost stays lost: whatever is in flight and comes later fails with `EIO`. A
+//! reconnect would begin in [`Connection::lose`] and [`State::check_alive`].
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::pin;
+use std::rc::{Rc, Weak};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use event_listener::Event;
+use smol::Task;
+use smol::future::{or, yield_now};
+use smol::lock::Semaphore;
+use socket2::Socket;
+
+use super::dial::{Export, Opened};
+use super::inflight::{Ask, Cookie, Extent, MAX_IN_FLIGHT, Payload, Request, Table};
+use super::replies::Replies;
+use super::requests::Requests;
+use super::stream::{Stream, SystemCalls};
+use super::wire::{Command, Headers, RequestHeader};
+use crate::io::{Io, Watched};
+
+/// After so many receives in a row the other tasks of the thread have a turn.
+const RECEIVES_IN_A_ROW: usize = 16;
+
+/// A connection to an export, shared by the lanes that use it.
+pub struct Connection {
+    /// Whose it is, for the log.
+    name: String,
+    /// For readiness only: the bytes go through [`State::stream`].
+    socket: Arc<Socket>,
+    export: Export,
+    /// One permit for each free slot of the table; callers beyond that wait here.
+    permits: Semaphore,
+    /// The number of the [`Driver`] that runs the loops; zero for none.
+    driving: AtomicU64,
+    /// The seat is free.
+    seat: Event,
+    state: Mutex<State>,
+}
+
+/// Everything that changes.
+pub struct State {
+    headers: Headers,
+    stream: Stream,
+    /// What is in flight.
+    pub(super) table: Table,
+    requests: Requests,
+    replies: Replies,
+    /// The socket was found empty: wait for readiness before the next receive.
+    drained: bool,
+    /// The send loop, asleep.
+    sender: Option<Waker>,
+    /// The connection is of no more use.
+    lost: bool,
+}
+
+impl State {
+    /// `EIO` once the connection is lost.
+    pub(super) fn check_alive(&self) -> io::Result<()> {
+        if self.lost { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
+    }
+
+    /// Appends a request, which is in the table, to the send queue.
+    pub(super) fn enqueue(
+        &mut self,
+        command: Command,
+        flags: u16,
+        cookie: Cookie,
+        offset: u64,
+        length: u64,
+    ) {
+        let header = RequestHeader::new(self.headers, command, flags, cookie.0, offset, length);
+        self.requests.push(header, cookie);
+    }
+
+    fn wants_to_send(&self) -> bool {
+        !self.lost && (!self.requests.is_empty() || self.stream.wants_flush())
+    }
+
+    fn send(&mut self) -> io::Result<bool> {
+        if self.lost {
+            return Ok(true);
+        }
+        self.requests.send(&mut self.stream, &mut self.table)
+    }
+
+    fn receive(&mut self, wakers: &mut Vec<Waker>) -> io::Result<()> {
+        let received = self.replies.receive(&mut self.stream, &mut self.table, wakers)?;
+        self.drained = received.drained;
+        Ok(())
+    }
+}
+
+impl Connection {
+    /// Takes over an open export; `name` is what the log calls it.
+    pub fn new(name: String, opened: Opened) -> Arc<Connection> {
+        let Opened { stream, socket, export } = opened;
+        let state = State {
+            headers: export.headers,
+            stream,
+            table: Table::new(),
+            requests: Requests::new(),
+            replies: Replies::new(export.headers, export.base_allocation),
+            drained: true,
+            sender: None,
+            lost: false,
+        };
+        Arc::new(Connection {
+            name,
+            socket,
+            export,
+            permits: Semaphore::new(MAX_IN_FLIGHT),
+            driving: AtomicU64::new(0),
+            seat: Event::new(),
+            state: Mutex::new(state),
+        })
+    }
+
+    /// What was agreed on with the server.
+    pub fn export(&self) -> &Export {
+        &self.export
+    }
+
+    /// The system calls on its socket so far.
+    pub fn system_calls(&self) -> SystemCalls {
+        self.lock().stream.system_calls()
+    }
+
+    /// Whether it is of no more use.
+    pub fn is_lost(&self) -> bool {
+        self.lock().lost
+    }
+
+    /// Fills `buf` from `offset`. The lengths of payloads are the caller's concern, here and below.
+    pub async fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let length = buf.len() as u64;
+        let payload = Payload::Fill(buf);
+        self.ask(Ask { command: Command::Read, flags: 0, offset, length, payload }).await.map(drop)
+    }
+
+    /// Writes `data` at `offset`.
+    pub async fn write(&self, offset: u64, data: &[u8], flags: u16) -> io::Result<()> {
+        let length = data.len() as u64;
+        let payload = Payload::Send(data);
+        self.ask(Ask { command: Command::Write, flags, offset, length, payload }).await.map(drop)
+    }
+
+    /// A command without a payload.
+    pub async fn command(
+        &self,
+        command: Command,
+        flags: u16,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<Vec<Extent>> {
+        self.ask(Ask { command, flags, offset, length, payload: Payload::None }).await
+    }
+
+    async fn ask(&self, ask: Ask<'_>) -> io::Result<Vec<Extent>> {
+        let permit = self.permits.acquire().await;
+        Request::begin(self, permit, ask)?.await
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no code panics while it holds the state")
+    }
+
+    /// Works on the state, and wakes afterwards, unlocked, whoever has to know.
+    pub(super) fn with<R>(&self, work: impl FnOnce(&mut State) -> R) -> R {
+        let (result, freed, sender) = {
+            let mut state = self.lock();
+            let result = work(&mut state);
+            let sender = if state.wants_to_send() { state.sender.take() } else { None };
+            (result, state.table.take_freed(), sender)
+        };
+        if freed > 0 {
+            self.permits.add_permits(freed);
+        }
+        if let Some(sender) = sender {
+            sender.wake();
+        }
+        result
+    }
+
+    /// Offers to drive the connection from the calling thread, until the [`Driver`] is dropped.
+    pub fn driver(self: &Arc<Self>, io: &Rc<Io>) -> Driver {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        // Weak, or the executor would hold the task, and the task the executor.
+        let drive = self.clone().drive(number, Rc::downgrade(io));
+        Driver { connection: self.clone(), number, _task: io.spawn(drive), _io: io.clone() }
+    }
+
+    /// Waits for the seat, then runs the loops; ends when the connection is lost.
+    async fn drive(self: Arc<Self>, number: u64, io: Weak<Io>) {
+        while !self.take_seat(number) {
+            let free = self.seat.listen();
+            if self.take_seat(number) {
+                break;
+            }
+            free.await;
+        }
+        let watch = || {
+            let io = io.upgrade().ok_or(io::ErrorKind::NotConnected)?;
+            // A descriptor of its own: the last driver's may still be registered.
+            io.watch(self.socket.try_clone()?)
+        };
+        let ended = match watch() {
+            Ok(watched) => or(self.receive_loop(&watched), self.send_loop(&watched)).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            self.lose(&error);
+        }
+    }
+
+    fn take_seat(&self, number: u64) -> bool {
+        self.driving.compare_exchange(0, number, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    async fn send_loop(&self, watched: &Watched<Socket>) -> io::Result<()> {
+        loop {
+            self.something_to_send().await;
+            // The handlers that were woken together with this one's have their turn first.
+            yield_now().await;
+            while !self.with(|state| state.send())? {
+                watched.writable().await?;
+            }
+        }
+    }
+
+    async fn something_to_send(&self) {
+        poll_fn(|cx| {
+            let mut state = self.lock();
+            if state.wants_to_send() {
+                return Poll::Ready(());
+            }
+            match &mut state.sender {
+                Some(waker) => waker.clone_from(cx.waker()),
+                None => state.sender = Some(cx.waker().clone()),
+            }
+            Poll::Pending
+        })
+        .await;
+    }
+
+    async fn receive_loop(&self, watched: &Watched<Socket>) -> io::Result<()> {
+        let mut wakers = Vec::with_capacity(MAX_IN_FLIGHT);
+        let mut in_a_row = 0;
+        loop {
+            if self.lock().drained {
+                watched.readable().await?;
+                in_a_row = 0;
+            } else if in_a_row == RECEIVES_IN_A_ROW {
+                yield_now().await;
+                in_a_row = 0;
+            }
+            in_a_row += 1;
+            let received = self.with(|state| state.receive(&mut wakers));
+            wakers.drain(..).for_each(Waker::wake);
+            received?;
+        }
+    }
+
+    /// Ends the connection: everything in flight and everything later fails with `EIO`.
+    fn lose(&self, reason: &io::Error) {
+        let mut wakers = Vec::new();
+        let first = self.with(|state| {
+            state.requests.clear();
+            state.table.fail_all(&mut wakers);
+            !std::mem::replace(&mut state.lost, true)
+        });
+        wakers.into_iter().for_each(Waker::wake);
+        if first {
+            let _ = self.socket.shutdown(std::net::Shutdown::Both);
+            let reason = match reason.kind() {
+                io::ErrorKind::UnexpectedEof => "the server closed it".into(),
+                io::ErrorKind::InvalidData => {
+                    format!("the server does not keep to the protocol: {reason}")
+                }
+                _ => reason.to_string(),
+            };
+            log::error!(
+                "{}: the connection is lost, requests fail from now on: {reason}",
+                self.name
+            );
+        }
+    }
+
+    /// Runs `work`, requests on this connection, on the calling thread alone: all lanes have ended,
+    /// and with them their drivers. Fails with `TimedOut` after `limit`. The socket blocks from
+    /// here on.
+    pub fn run_blocking<R>(
+        &self,
+        work: impl Future<Output = io::Result<R>>,
+        limit: Duration,
+    ) -> io::Result<R> {
+        let deadline = Instant::now() + limit;
+        self.socket.set_nonblocking(false)?;
+        self.socket.set_read_timeout(Some(limit))?;
+        self.socket.set_write_timeout(Some(limit))?;
+        let mut work = pin!(work);
+        let mut wakers = Vec::new();
+        loop {
+            if let Poll::Ready(result) = work.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+            {
+                return result;
+            }
+            let exchanged = self.with(|state| {
+                // Also after a time-out it is only "not now", so the clock decides.
+                while !state.send()? {
+                    past(deadline)?;
+                }
+                state.receive(&mut wakers)?;
+                past(deadline)
+            });
+            wakers.drain(..).for_each(Waker::wake);
+            if let Err(error) = exchanged {
+                self.lose(&error);
+                return Err(error);
+            }
+        }
+    }
+
+    /// Says goodbye to the server (`NBD_CMD_DISC`), without waiting: the connection is of no more
+    /// use.
+    pub fn disconnect(&self) {
+        let mut wakers = Vec::new();
+        self.with(|state| {
+            // In the middle of another request the server would take it for that one's data.
+            if !state.lost && state.requests.is_empty() {
+                let headers = state.headers;
+                let header = RequestHeader::new(headers, Command::Disc, 0, u64::MAX, 0, 0);
+                state.requests.push(header, Cookie(u64::MAX));
+                let _ = state.send();
+                state.stream.close();
+            }
+            state.requests.clear();
+            state.table.fail_all(&mut wakers);
+            state.lost = true;
+        });
+        wakers.into_iter().for_each(Waker::wake);
+        let _ = self.socket.shutdown(std::net::Shutdown::Write);
+    }
+}
+
+fn past(deadline: Instant) -> io::Result<()> {
+    if Instant::now() < deadline { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
+}
+
+/// An offer to drive a connection: it does so while no earlier one does, and stops when it is
+/// dropped.
+pub struct Driver {
+    connection: Arc<Connection>,
+    number: u64,
+    /// Not polled again once this is dropped.
+    _task: Task<()>,
+    /// The task finds it alive as long as it is polled.
+    _io: Rc<Io>,
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // The executor may drop the task much later, or never: the seat is given back here.
+        let driving = &self.connection.driving;
+        if driving.compare_exchange(self.number, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+            self.connection.seat.notify(1);
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! From a URI to an open export: socket, TLS, haggling, and the older servers.
+//!
+//! All of it blocks, bounded by the connect time-out for each step; nothing of it runs while
+//! requests are served, except that a serving thread opens its own connection at its start.
+
+use std::io::{self, Read, Write};
+use std::net::ToSocketAddrs;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::ClientConfig;
+use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+
+use super::Options;
+use super::error::Error;
+use super::handshake::{
+    BlockSizes, ExportReply, Greeting, Haggling, Older, check_block_sizes, sane_flags, stream_error,
+};
+use super::stream::Stream;
+use super::tls;
+use super::uri::{Address, Uri};
+use super::wire::{DEFAULT_MAX_PAYLOAD, Headers, transmission_flag};
+
+/// How long sent data may stay unacknowledged before TCP gives the connection up.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
+/// When an idle connection is probed, and how often after that.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// What was agreed on with a server, fixed for the life of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Export {
+    /// In bytes, never zero.
+    pub size: u64,
+    /// See [`transmission_flag`]; zero for what an older server might have.
+    pub flags: u16,
+    /// The server's, or the protocol's defaults.
+    pub block_sizes: BlockSizes,
+    /// How requests and replies are framed.
+    pub headers: Headers,
+    /// The id of `base:allocation`, where the server has it. It may differ between connections.
+    pub base_allocation: Option<u32>,
+}
+
+impl Export {
+    /// Whether the server set `flag`.
+    pub fn has(&self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+
+    /// Whether a request for the one can go to the other: what they may differ in is how they talk.
+    pub fn same_disk(&self, other: &Export) -> bool {
+        self.size == other.size
+            && self.flags == other.flags
+            && self.block_sizes == other.block_sizes
+            && self.base_allocation.is_some() == other.base_allocation.is_some()
+    }
+}
+
+/// An open export, its socket not blocking.
+pub struct Opened {
+    /// The byte stream, at the first byte of transmission.
+    pub stream: Stream,
+    /// The socket under the stream: for readiness.
+    pub socket: Arc<Socket>,
+    /// What was agreed on.
+    pub export: Export,
+}
+
+/// Opens connections to one export; keeps what all of them share.
+#[derive(Clone)]
+pub struct Dialer {
+    uri: Uri,
+    time_limit: Duration,
+    tls: Option<Arc<ClientConfig>>,
+}
+
+/// How far a connection came before an export was chosen.
+pub enum Haggled {
+    /// Options can be sent.
+    Options(Haggling<Handshake>, Headers),
+    /// It is of no use: see [`Dialer::open`].
+    Older(Older),
+}
+
+/// A blocking stream for the handshake.
+pub enum Handshake {
+    /// nbd
+    Plain(Socket),
+    /// nbds
+    Tls(Box<rustls::StreamOwned<rustls::ClientConnection, Socket>>),
+}
+
+impl Read for Handshake {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Handshake::Plain(socket) => socket.read(buf),
+            Handshake::Tls(stream) => stream.read(buf),
+        }
+    }
+}
+
+impl Write for Handshake {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        match self {
+            Handshake::Plain(socket) => socket.write(data),
+            Handshake::Tls(stream) => stream.write(data),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Handshake::Plain(socket) => socket.flush(),
+            Handshake::Tls(stream) => stream.flush(),
+        }
+    }
+}
+
+impl Dialer {
+    /// For `uri`; reads the certificates if it needs any.
+    pub fn new(uri: &Uri, options: &Options) -> Result<Dialer, Error> {
+        let directory = uri.tls_certificates.as_ref().or(options.tls_certificates.as_ref());
+        let tls = match uri.tls {
+            true => Some(tls::client_config(directory.map(|path| path.as_path()))?),
+            false => None,
+        };
+        Ok(Dialer { uri: uri.clone(), time_limit: options.connect_timeout, tls })
+    }
+
+    /// The URI that is dialled.
+    pub fn uri(&self) -> &Uri {
+        &self.uri
+    }
+
+    /// Opens a connection to the export, ready for transmission.
+    pub fn open(&self) -> Result<Opened, Error> {
+        let (mut haggling, headers) = match self.haggle()? {
+            Haggled::Options(haggling, headers) => (haggling, headers),
+            Haggled::Older(older) => return self.open_older(older),
+        };
+        let base_allocation = match headers {
+            Headers::Simple => None,
+            Headers::Structured | Headers::Extended => {
+                haggling.set_base_allocation(&self.uri.export)?
+            }
+        };
+        match haggling.go(&self.uri.export)? {
+            Some(reply) => {
+                let export = agreed(reply, headers, base_allocation)?;
+                self.opened(haggling.into_stream(), export)
+            }
+            None => self.open_older(Older::FixedNewstyle),
+        }
+    }
+
+    /// As [`Dialer::open`], giving up on each step after `limit`.
+    pub fn open_further(&self, limit: Duration) -> Result<Opened, Error> {
+        Dialer { time_limit: limit.min(self.time_limit), ..self.clone() }.open()
+    }
+
+    /// Connects and agrees on headers, inside TLS if the URI says so.
+    pub fn haggle(&self) -> Result<Haggled, Error> {
+        let mut haggling = Haggling::new(Handshake::Plain(self.connect()?), self.time_limit);
+        if let Greeting::Older(older) = haggling.greet()? {
+            return Ok(Haggled::Older(older));
+        }
+        let Some(config) = &self.tls else {
+            let headers = haggling.headers()?;
+            return Ok(Haggled::Options(haggling, headers));
+        };
+        haggling.start_tls()?;
+        let Handshake::Plain(mut socket) = haggling.into_stream() else {
+            unreachable!("TLS begins once")
+        };
+        let name = self.uri.server_name();
+        let session = tls::connect(config.clone(), name, &mut socket, self.time_limit)?;
+        let stream = Handshake::Tls(Box::new(rustls::StreamOwned::new(session, socket)));
+        let mut haggling = Haggling::new(stream, self.time_limit);
+        let headers = haggling.headers().map_err(tls::explain_hang_up)?;
+        Ok(Haggled::Options(haggling, headers))
+    }
+
+    /// Opens the export of a server without `NBD_OPT_GO`, through the crate `nbd`: EXPORT_NAME or
+    /// the old style. It tells neither FUA nor WRITE_ZEROES nor several connections, so none of
+    /// them is used.
+    fn open_older(&self, older: Older) -> Result<Opened, Error> {
+        if self.tls.is_some() {
+            return Err(Error::TlsRefused("it is too old".into()));
+        }
+        let name = self.uri.export.as_bytes();
+        if older == Older::Oldstyle && !name.is_empty() {
+            let name = self.uri.export.clone();
+            return Err(Error::NoSuchExport { name, existing: vec![String::new()] });
+        }
+        let mut socket = self.connect()?;
+        let found = match older {
+            Older::Newstyle => nbd::client::handshake(NoFlags::new(&mut socket), name),
+            Older::FixedNewstyle | Older::Oldstyle => nbd::client::handshake(&mut socket, name),
+        };
+        let found = found.map_err(|error| match error.kind() {
+            // Newstyle has no other way to say that it does not know the name.
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => Error::NoSuchExport {
+                name: self.uri.export.clone(),
+                existing: self.names().unwrap_or_default(),
+            },
+            io::ErrorKind::InvalidData => Error::Protocol(error.to_string()),
+            _ => stream_error(error, self.time_limit),
+        })?;
+        let mut flags = transmission_flag::HAS_FLAGS;
+        if found.readonly {
+            flags |= transmission_flag::READ_ONLY;
+        }
+        if found.send_flush {
+            flags |= transmission_flag::SEND_FLUSH;
+        }
+        let reply = ExportReply { size: found.size, flags, block_sizes: None, description: None };
+        let export = agreed(reply, Headers::Simple, None)?;
+        log::info!("{}: an older server: no FUA, no WRITE_ZEROES, one connection", self.uri);
+        self.opened(Handshake::Plain(socket), export)
+    }
+
+    fn names(&self) -> Option<Vec<String>> {
+        let Ok(Haggled::Options(mut haggling, _)) = self.haggle() else { return None };
+        let names = haggling.list().ok()?.into_iter().map(|(name, _)| name).collect();
+        haggling.abort();
+        Some(names)
+    }
+
+    fn opened(&self, stream: Handshake, export: Export) -> Result<Opened, Error> {
+        if export.size == 0 {
+            return Err(Error::SizeZero { name: self.uri.export.clone() });
+        }
+        let minimum = export.block_sizes.minimum;
+        if !export.size.is_multiple_of(minimum.into()) {
+            return Err(Error::Tail { size: export.size, minimum });
+        }
+        let (socket, session) = match stream {
+            Handshake::Plain(socket) => (socket, None),
+            Handshake::Tls(stream) => {
+                let (session, socket) = stream.into_parts();
+                (socket, Some(session))
+            }
+        };
+        socket
+            .set_read_timeout(None)
+            .and_then(|()| socket.set_write_timeout(None))
+            .and_then(|()| socket.set_nonblocking(true))
+            .map_err(Error::Broken)?;
+        let socket = Arc::new(socket);
+        let stream = match session {
+            None => Stream::plain(socket.clone()),
+            Some(session) => Stream::tls(socket.clone(), session),
+        };
+        Ok(Opened { stream, socket, export })
+    }
+
+    fn connect(&self) -> Result<Socket, Error> {
+        let (to, socket) = match &self.uri.address {
+            Address::Tcp { host, port } => {
+                (format!("{host}:{port}"), self.connect_tcp(host, *port))
+            }
+            Address::Unix(path) => (
+                path.display().to_string(),
+                SockAddr::unix(path).and_then(|to| self.connect_to(&to, None)),
+            ),
+            Address::Vsock { cid, port } => {
+                let to = SockAddr::vsock(*cid, *port);
+                (format!("vsock {cid}:{port}"), self.connect_to(&to, None))
+            }
+        };
+        socket.map_err(|source| Error::Connect { to, source })
+    }
+
+    /// Tries every address of the host; the first error tells most, since the resolver sorts them.
+    fn connect_tcp(&self, host: &str, port: u16) -> io::Result<Socket> {
+        let mut first_error = None;
+        for address in (host, port).to_socket_addrs()? {
+            let connected = self.connect_to(&address.into(), Some(Protocol::TCP));
+            match connected.and_then(|socket| tune_tcp(&socket).map(|()| socket)) {
+                Ok(socket) => return Ok(socket),
+                Err(error) => drop(first_error.get_or_insert(error)),
+            }
+        }
+        Err(first_error.unwrap_or_else(|| io::Error::other("the host has no address")))
+    }
+
+    fn connect_to(&self, to: &SockAddr, protocol: Option<Protocol>) -> io::Result<Socket> {
+        let socket = Socket::new(Domain::from(i32::from(to.family())), Type::STREAM, protocol)?;
+        socket.set_read_timeout(Some(self.time_limit))?;
+        socket.set_write_timeout(Some(self.time_limit))?;
+        socket.connect_timeout(to, self.time_limit)?;
+        Ok(socket)
+    }
+}
+
+/// Takes the client flags out of what the crate sends: it says "fixed newstyle" to every server,
+/// and one that did not say so itself may refuse that.
+struct NoFlags<'a> {
+    socket: &'a mut Socket,
+    flag_bytes: usize,
+}
+
+impl<'a> NoFlags<'a> {
+    fn new(socket: &'a mut Socket) -> NoFlags<'a> {
+        NoFlags { socket, flag_bytes: 4 }
+    }
+}
+
+impl Read for NoFlags<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.socket.read(buf)
+    }
+}
+
+impl Write for NoFlags<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        if self.flag_bytes == 0 {
+            return self.socket.write(data);
+        }
+        let written = self.socket.write(&[0; 4][..self.flag_bytes.min(data.len())])?;
+        self.flag_bytes -= written;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket.flush()
+    }
+}
+
+/// No delay: requests are gathered before they are sent. The time-outs tell a dead peer from a slow
+/// one.
+fn tune_tcp(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL),
+    )?;
+    socket.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT))
+}
+
+fn agreed(
+    reply: ExportReply,
+    headers: Headers,
+    base_allocation: Option<u32>,
+) -> Result<Export, Error> {
+    // "Block size constraints": what to assume where the server says nothing.
+    let block_sizes = match reply.block_sizes {
+        Some(sizes) => check_block_sizes(sizes)?,
+        None => BlockSizes { minimum: 1, preferred: 4096, maximum: DEFAULT_MAX_PAYLOAD },
+    };
+    Ok(Export {
+        size: reply.size,
+        flags: sane_flags(reply.flags),
+        block_sizes,
+        headers,
+        base_allocation,
+    })
+}

@@ -1,0 +1,640 @@
+//! The requests in flight on a connection, and the buffers that their callers lend to it.
+//!
+//! # Who owns a buffer
+//! *caller → table → caller*. [`Request::begin`] puts a pointer to the caller's buffer into the
+//! table, under the connection's mutex. Whoever drives the connection, on whatever thread, reaches
+//! it only through the table and under the same mutex, system calls included. [`Request`]'s end, be
+//! it completed or dropped, takes the pointer out of the table under that mutex before the borrow
+//! `'a` ends. So:
+//!
+//! > **Invariant.** While a [`Lent`] is in the table its memory is borrowed by a live `Request<'a>`,
+//! > and nobody else uses it.
+//!
+//! After a request was dropped in flight its reply is still to come: its slot stays, marked as
+//! awaited by nobody; data for it is drained, and a WRITE that is only half sent goes on from a
+//! copy. What remains is that a `Request` must not be leaked (`mem::forget`) while `'a` ends;
+//! [`Request::begin`] is private to the connection, whose `async fn`s keep it in their own state,
+//! and executors drop their futures.
+//!
+//! # Bounds
+//! The table has [`MAX_IN_FLIGHT`] slots, made at the start; the connection's semaphore lets no
+//! more requests in. A cookie is the slot's index and a generation, so it is unique for 2³² uses of
+//! a slot.
+
+#![allow(unsafe_code)]
+
+use std::future::Future;
+use std::io;
+use std::marker::PhantomData;
+use std::pin::Pin;
+use std::ptr::NonNull;
+use std::task::{Context, Poll, Waker};
+
+use smol::lock::SemaphoreGuard;
+
+use super::connection::Connection;
+use super::coverage::Coverage;
+use super::wire::{self, Command, Violation};
+
+/// How many requests a connection has in flight at most: more than a FUSE queue has entries, and
+/// few enough for one `sendmsg` (`IOV_MAX` is 1024, and each takes two parts).
+pub const MAX_IN_FLIGHT: usize = 256;
+
+/// A READ from this size on is received straight into its buffer; below, several replies share one
+/// system call and are copied from the staging area.
+pub const DIRECT_BYTES: u64 = 16 << 10;
+
+/// How many extents are kept of one BLOCK_STATUS; the rest is as if the server had answered less.
+const MAX_EXTENTS: usize = 1024;
+
+/// A caller's buffer. See the invariant above.
+struct Lent {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: it stands for a `&mut [u8]` or a `&[u8]`, which may be used from another thread; the mutex
+// around the table orders the uses.
+unsafe impl Send for Lent {}
+
+impl Lent {
+    fn to_fill(buf: &mut [u8]) -> Lent {
+        Lent { start: NonNull::from(&mut *buf).cast(), len: buf.len() }
+    }
+
+    fn to_send(data: &[u8]) -> Lent {
+        Lent { start: NonNull::from(data).cast(), len: data.len() }
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        // SAFETY: the invariant; made from a slice of this length.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+
+    /// # Safety
+    /// It was made by [`Lent::to_fill`].
+    unsafe fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: the invariant, and the caller's promise that the slice was mutable.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+/// What a request asks for.
+#[derive(Debug)]
+pub struct Ask<'a> {
+    /// The command.
+    pub command: Command,
+    /// `NBD_CMD_FLAG_*`
+    pub flags: u16,
+    /// In bytes.
+    pub offset: u64,
+    /// In bytes; that of the payload where there is one.
+    pub length: u64,
+    /// What travels with it.
+    pub payload: Payload<'a>,
+}
+
+/// The caller's buffer.
+#[derive(Debug)]
+pub enum Payload<'a> {
+    /// Neither sent nor received.
+    None,
+    /// The data of a WRITE.
+    Send(&'a [u8]),
+    /// Where the data of a READ goes.
+    Fill(&'a mut [u8]),
+}
+
+/// A piece of BLOCK_STATUS's answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// In bytes.
+    pub length: u64,
+    /// It reads as zeroes.
+    pub zero: bool,
+}
+
+/// Which request, on the wire and in the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cookie(pub u64);
+
+impl Cookie {
+    fn new(index: usize, generation: u32) -> Cookie {
+        Cookie(u64::from(generation) << 32 | index as u64)
+    }
+
+    fn index(self) -> usize {
+        (self.0 & 0xffff_ffff) as usize
+    }
+}
+
+/// Data of a WRITE that is not fully sent.
+enum Unsent {
+    Lent(Lent),
+    /// Its caller has gone.
+    Copy(Box<[u8]>),
+}
+
+/// One request in flight.
+struct Entry {
+    command: Command,
+    offset: u64,
+    length: u64,
+    /// The last byte has gone to the socket.
+    sent: bool,
+    /// Its reply is complete.
+    done: bool,
+    /// Its caller has its answer, or has gone.
+    let_go: bool,
+    unsent: Option<Unsent>,
+    /// Made by [`Lent::to_fill`], always.
+    destination: Option<Lent>,
+    coverage: Coverage,
+    extents: Vec<Extent>,
+    /// The first error.
+    error: Option<i32>,
+    waker: Option<Waker>,
+}
+
+impl Entry {
+    fn fail(&mut self, errno: i32) {
+        self.error.get_or_insert(errno);
+    }
+
+    /// The server's answer is well framed and still wrong: this request fails, the connection goes
+    /// on.
+    fn fault(&mut self, what: &str) {
+        log::error!(
+            "the server's answer to {:?} at {} of {} bytes {what}",
+            self.command,
+            self.offset,
+            self.length
+        );
+        self.fail(libc::EIO);
+    }
+}
+
+struct Slot {
+    generation: u32,
+    entry: Option<Entry>,
+}
+
+/// All requests in flight on one connection.
+pub struct Table {
+    slots: Vec<Slot>,
+    free: Vec<usize>,
+    /// READs of at least [`DIRECT_BYTES`] whose reply is not complete.
+    direct_reads: usize,
+    /// Slots that became free since [`Table::take_freed`].
+    freed: usize,
+}
+
+impl Table {
+    /// An empty table.
+    pub fn new() -> Table {
+        Table {
+            slots: (0..MAX_IN_FLIGHT).map(|_| Slot { generation: 0, entry: None }).collect(),
+            free: (0..MAX_IN_FLIGHT).rev().collect(),
+            direct_reads: 0,
+            freed: 0,
+        }
+    }
+
+    /// Takes a free slot; the caller holds a permit for one.
+    ///
+    /// # Safety
+    /// The buffer in `ask` must stay borrowed, and unused by anyone else, until [`Table::let_go`].
+    unsafe fn insert(&mut self, ask: Ask<'_>) -> Cookie {
+        let index = self.free.pop().expect("the semaphore has as many permits as there are slots");
+        let (unsent, destination) = match ask.payload {
+            Payload::None => (None, None),
+            Payload::Send(data) => (Some(Unsent::Lent(Lent::to_send(data))), None),
+            Payload::Fill(buf) => (None, Some(Lent::to_fill(buf))),
+        };
+        let slot = &mut self.slots[index];
+        slot.entry = Some(Entry {
+            command: ask.command,
+            offset: ask.offset,
+            length: ask.length,
+            sent: false,
+            done: false,
+            let_go: false,
+            unsent,
+            destination,
+            coverage: Coverage::default(),
+            extents: Vec::new(),
+            error: None,
+            waker: None,
+        });
+        self.direct_reads += usize::from(is_direct(slot.entry.as_ref().expect("just put there")));
+        Cookie::new(index, slot.generation)
+    }
+
+    fn entry(&mut self, cookie: Cookie) -> Option<&mut Entry> {
+        let slot = self.slots.get_mut(cookie.index())?;
+        let current = Cookie::new(cookie.index(), slot.generation) == cookie;
+        slot.entry.as_mut().filter(|_| current)
+    }
+
+    /// The request that a reply names.
+    fn awaiting(&mut self, cookie: Cookie) -> Result<&mut Entry, Violation> {
+        self.entry(cookie).filter(|entry| !entry.done).ok_or_else(|| {
+            format!("a reply names cookie {:#x}, which is not in flight", cookie.0).into()
+        })
+    }
+
+    /// Frees the slot once nothing needs it: sent, answered, and the answer taken.
+    fn settle(&mut self, cookie: Cookie) {
+        if self.entry(cookie).is_some_and(|entry| entry.sent && entry.done && entry.let_go) {
+            let slot = &mut self.slots[cookie.index()];
+            slot.entry = None;
+            slot.generation = slot.generation.wrapping_add(1);
+            self.free.push(cookie.index());
+            self.freed += 1;
+        }
+    }
+
+    /// How many slots became free since the last call: so many permits go back.
+    pub fn take_freed(&mut self) -> usize {
+        std::mem::take(&mut self.freed)
+    }
+
+    /// Whether a large payload may come next, so that little should be read ahead of it.
+    pub fn awaits_direct_read(&self) -> bool {
+        self.direct_reads > 0
+    }
+
+    /// The data that follows the request's header on the wire.
+    pub fn data_to_send(&self, cookie: Cookie) -> &[u8] {
+        let entry = self.slots.get(cookie.index()).and_then(|slot| slot.entry.as_ref());
+        match entry.and_then(|entry| entry.unsent.as_ref()) {
+            Some(Unsent::Lent(lent)) => lent.as_slice(),
+            Some(Unsent::Copy(copy)) => copy,
+            None => &[],
+        }
+    }
+
+    /// The request's last byte has gone to the socket.
+    pub fn sent(&mut self, cookie: Cookie) {
+        if let Some(entry) = self.entry(cookie) {
+            entry.sent = true;
+            entry.unsent = None;
+        }
+        self.settle(cookie);
+    }
+
+    /// Whether `cookie` awaits data.
+    pub fn is_read(&mut self, cookie: Cookie) -> Result<bool, Violation> {
+        Ok(self.awaiting(cookie)?.command == Command::Read)
+    }
+
+    /// The offset and the length that were asked for, in bytes.
+    pub fn range(&mut self, cookie: Cookie) -> Result<(u64, u64), Violation> {
+        let entry = self.awaiting(cookie)?;
+        Ok((entry.offset, entry.length))
+    }
+
+    /// Data for `offset..offset + length` of the export arrives next. `None`: it must be drained,
+    /// and the read will fail. Otherwise its place in the buffer.
+    pub fn begin_data(
+        &mut self,
+        cookie: Cookie,
+        offset: u64,
+        length: u64,
+    ) -> Result<Option<u64>, Violation> {
+        let entry = self.awaiting(cookie)?;
+        if entry.command != Command::Read {
+            return Err("data arrives for a request that is no READ".into());
+        }
+        let at = offset.checked_sub(entry.offset);
+        let end = at.and_then(|at| at.checked_add(length)).filter(|end| *end <= entry.length);
+        match (at, end) {
+            (Some(at), Some(end)) if entry.coverage.add(at..end) => Ok(Some(at)),
+            (Some(_), Some(_)) => {
+                entry.fault("tells the same bytes twice");
+                Ok(None)
+            }
+            _ => {
+                entry.fault("lies outside of it");
+                Ok(None)
+            }
+        }
+    }
+
+    /// As [`Table::begin_data`], for zeroes that are not on the wire.
+    pub fn hole(&mut self, cookie: Cookie, offset: u64, length: u64) -> Result<(), Violation> {
+        if length == 0 {
+            return Err("a hole has no length".into());
+        }
+        if let Some(at) = self.begin_data(cookie, offset, length)?
+            && let Some(buf) = self.destination(cookie, at, length)
+        {
+            buf.fill(0);
+        }
+        Ok(())
+    }
+
+    /// The caller's buffer from `at` on; `None` if the caller has gone.
+    pub fn destination(&mut self, cookie: Cookie, at: u64, length: u64) -> Option<&mut [u8]> {
+        let lent = self.entry(cookie)?.destination.as_mut()?;
+        // SAFETY: destinations are made by `to_fill`.
+        let buf = unsafe { lent.as_mut_slice() };
+        buf.get_mut(at as usize..)?.get_mut(..length as usize)
+    }
+
+    /// An extent of a BLOCK_STATUS, in order.
+    pub fn extent(&mut self, cookie: Cookie, extent: Extent) -> Result<(), Violation> {
+        let entry = self.awaiting(cookie)?;
+        if entry.command != Command::BlockStatus {
+            return Err("extents arrive for a request that is no BLOCK_STATUS".into());
+        }
+        if extent.length == 0 {
+            entry.fault("has an extent without length");
+            return Ok(());
+        }
+        let full = entry.extents.len() == MAX_EXTENTS;
+        match entry.extents.last_mut() {
+            // Not even a longer last extent: others may have been left out before.
+            Some(_) if full => {}
+            Some(last) if last.zero == extent.zero => {
+                last.length = last.length.saturating_add(extent.length);
+            }
+            _ => entry.extents.push(extent),
+        }
+        Ok(())
+    }
+
+    /// The server reports an error; the reply may go on.
+    pub fn error(&mut self, cookie: Cookie, error: u32) -> Result<(), Violation> {
+        self.awaiting(cookie)?.fail(wire::errno(error));
+        Ok(())
+    }
+
+    /// The reply is complete: checks that it was, and wakes the caller.
+    pub fn complete(&mut self, cookie: Cookie, wakers: &mut Vec<Waker>) -> Result<(), Violation> {
+        let entry = self.awaiting(cookie)?;
+        if entry.error.is_none() {
+            if entry.command == Command::Read && !entry.coverage.is_full(entry.length) {
+                entry.fault("leaves bytes out");
+            } else if entry.command == Command::BlockStatus && entry.extents.is_empty() {
+                entry.fault("has no extents");
+            }
+        }
+        entry.done = true;
+        wakers.extend(entry.waker.take());
+        let direct = is_direct(entry);
+        self.direct_reads -= usize::from(direct);
+        self.settle(cookie);
+        Ok(())
+    }
+
+    /// The connection is lost: everything in flight fails with `EIO`.
+    pub fn fail_all(&mut self, wakers: &mut Vec<Waker>) {
+        self.direct_reads = 0;
+        for index in 0..self.slots.len() {
+            let slot = &mut self.slots[index];
+            let cookie = Cookie::new(index, slot.generation);
+            let Some(entry) = &mut slot.entry else { continue };
+            // What was answered before the end keeps its answer.
+            if !entry.done {
+                entry.fail(libc::EIO);
+                entry.done = true;
+            }
+            wakers.extend(entry.waker.take());
+            self.sent(cookie);
+        }
+    }
+
+    /// The answer, if it is there.
+    fn answer(&mut self, cookie: Cookie, cx: &mut Context<'_>) -> Poll<io::Result<Vec<Extent>>> {
+        let entry = self.entry(cookie).expect("a slot lives until it is let go");
+        if !entry.done {
+            match &mut entry.waker {
+                Some(waker) => waker.clone_from(cx.waker()),
+                None => entry.waker = Some(cx.waker().clone()),
+            }
+            return Poll::Pending;
+        }
+        Poll::Ready(match entry.error {
+            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+            None => Ok(std::mem::take(&mut entry.extents)),
+        })
+    }
+
+    /// The caller has its answer, or goes without: its buffer leaves the table.
+    fn let_go(&mut self, cookie: Cookie) {
+        let entry = self.entry(cookie).expect("a request is let go once");
+        entry.let_go = true;
+        entry.destination = None;
+        entry.waker = None;
+        // The server has had a part of it, or may already wait for it: the rest must follow.
+        if let Some(Unsent::Lent(lent)) = &entry.unsent {
+            entry.unsent = Some(Unsent::Copy(lent.as_slice().into()));
+        }
+        self.settle(cookie);
+    }
+}
+
+fn is_direct(entry: &Entry) -> bool {
+    entry.command == Command::Read && entry.length >= DIRECT_BYTES
+}
+
+/// A request in flight: yields the answer. May be dropped; see the module's text.
+pub struct Request<'a> {
+    connection: &'a Connection,
+    /// Empty once the answer was taken.
+    cookie: Option<Cookie>,
+    lent: PhantomData<&'a mut [u8]>,
+}
+
+impl<'a> Request<'a> {
+    /// Puts `ask` in flight and into the send queue. `permit` stands for the slot that it takes,
+    /// and goes back when the slot becomes free.
+    pub(super) fn begin(
+        connection: &'a Connection,
+        permit: SemaphoreGuard<'_>,
+        ask: Ask<'a>,
+    ) -> io::Result<Request<'a>> {
+        let Ask { command, flags, offset, length, .. } = ask;
+        let cookie = connection.with(|state| {
+            state.check_alive()?;
+            // SAFETY: `'a` borrows the buffer for as long as the `Request` lives, and its `Drop` lets go.
+            let cookie = unsafe { state.table.insert(ask) };
+            permit.forget();
+            state.enqueue(command, flags, cookie, offset, length);
+            Ok::<_, io::Error>(cookie)
+        })?;
+        Ok(Request { connection, cookie: Some(cookie), lent: PhantomData })
+    }
+}
+
+impl Future for Request<'_> {
+    type Output = io::Result<Vec<Extent>>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let cookie = self.cookie.expect("polled after completion");
+        let answer = self.connection.with(|state| {
+            let answer = state.table.answer(cookie, cx);
+            if answer.is_ready() {
+                state.table.let_go(cookie);
+            }
+            answer
+        });
+        if answer.is_ready() {
+            self.cookie = None;
+        }
+        answer
+    }
+}
+
+impl Drop for Request<'_> {
+    fn drop(&mut self) {
+        if let Some(cookie) = self.cookie {
+            self.connection.with(|state| state.table.let_go(cookie));
+        }
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    /// A READ whose buffer the test keeps until the end of the table.
+    pub fn begin_read(table: &mut Table, offset: u64, buf: &mut [u8]) -> Cookie {
+        read(table, offset, buf)
+    }
+
+    /// A BLOCK_STATUS.
+    pub fn begin_status(table: &mut Table) -> Cookie {
+        let (command, payload) = (Command::BlockStatus, Payload::None);
+        // SAFETY: there is no buffer.
+        unsafe { table.insert(Ask { command, flags: 0, offset: 0, length: 1 << 20, payload }) }
+    }
+
+    fn read(table: &mut Table, offset: u64, buf: &mut [u8]) -> Cookie {
+        let length = buf.len() as u64;
+        let payload = Payload::Fill(buf);
+        let ask = Ask { command: Command::Read, flags: 0, offset, length, payload };
+        // SAFETY: the tests keep their buffers until the end.
+        unsafe { table.insert(ask) }
+    }
+
+    fn answer(table: &mut Table, cookie: Cookie) -> Option<Result<Vec<Extent>, i32>> {
+        match table.answer(cookie, &mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(answer) => Some(answer.map_err(|e| e.raw_os_error().unwrap())),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn chunks_in_any_order_fill_the_buffer_and_holes_are_zeroed() {
+        let mut table = Table::new();
+        let mut buf = [7; 10];
+        let cookie = read(&mut table, 100, &mut buf);
+        table.sent(cookie);
+        assert_eq!(table.begin_data(cookie, 106, 4).unwrap(), Some(6));
+        table.destination(cookie, 6, 4).unwrap().copy_from_slice(b"abcd");
+        table.hole(cookie, 100, 6).unwrap();
+        table.complete(cookie, &mut Vec::new()).unwrap();
+        assert_eq!(answer(&mut table, cookie), Some(Ok(vec![])));
+        table.let_go(cookie);
+        assert_eq!(&buf, b"\0\0\0\0\0\0abcd");
+        assert_eq!(table.take_freed(), 1);
+    }
+
+    #[test]
+    fn missing_twofold_and_stray_bytes_fail_the_read_only() {
+        for chunks in [&[(100, 9)][..], &[(100, 6), (105, 5)], &[(99, 11)], &[(100, 11)], &[]] {
+            let mut table = Table::new();
+            let mut buf = [7; 10];
+            let cookie = read(&mut table, 100, &mut buf);
+            for &(offset, length) in chunks {
+                table.begin_data(cookie, offset, length).unwrap();
+            }
+            table.complete(cookie, &mut Vec::new()).unwrap();
+            assert_eq!(answer(&mut table, cookie), Some(Err(libc::EIO)), "{chunks:?}");
+        }
+    }
+
+    #[test]
+    fn the_first_error_counts() {
+        let mut table = Table::new();
+        let mut buf = [0; 4];
+        let cookie = read(&mut table, 0, &mut buf);
+        table.begin_data(cookie, 0, 2).unwrap();
+        table.error(cookie, 28).unwrap();
+        table.error(cookie, 5).unwrap();
+        table.complete(cookie, &mut Vec::new()).unwrap();
+        assert_eq!(answer(&mut table, cookie), Some(Err(libc::ENOSPC)));
+    }
+
+    #[test]
+    fn an_abandoned_read_keeps_its_slot_and_not_its_buffer() {
+        let mut table = Table::new();
+        let mut buf = vec![0; 20 << 10];
+        let cookie = read(&mut table, 0, &mut buf);
+        assert!(table.awaits_direct_read());
+        table.sent(cookie);
+        assert_eq!(table.begin_data(cookie, 0, 20 << 10).unwrap(), Some(0));
+        table.let_go(cookie);
+        drop(buf);
+        assert!(table.destination(cookie, 0, 20 << 10).is_none());
+        assert_eq!(table.take_freed(), 0);
+        table.complete(cookie, &mut Vec::new()).unwrap();
+        assert_eq!(table.take_freed(), 1);
+        assert!(!table.awaits_direct_read());
+        assert!(table.complete(cookie, &mut Vec::new()).is_err());
+    }
+
+    #[test]
+    fn an_abandoned_write_is_sent_from_a_copy() {
+        let mut table = Table::new();
+        let data = b"data".to_vec();
+        let payload = Payload::Send(&data);
+        let ask = Ask { command: Command::Write, flags: 0, offset: 0, length: 4, payload };
+        // SAFETY: let go before `data` is dropped.
+        let cookie = unsafe { table.insert(ask) };
+        table.let_go(cookie);
+        drop(data);
+        assert_eq!(table.data_to_send(cookie), b"data");
+        table.complete(cookie, &mut Vec::new()).unwrap();
+        assert_eq!(table.take_freed(), 0);
+        table.sent(cookie);
+        assert_eq!(table.take_freed(), 1);
+    }
+
+    #[test]
+    fn cookies_are_not_used_twice() {
+        let mut table = Table::new();
+        let mut buf = [0; 4];
+        let first = read(&mut table, 0, &mut buf);
+        table.sent(first);
+        table.error(first, 5).unwrap();
+        table.complete(first, &mut Vec::new()).unwrap();
+        table.let_go(first);
+        let second = read(&mut table, 0, &mut buf);
+        assert_eq!(first.index(), second.index());
+        assert_ne!(first, second);
+        assert!(table.begin_data(first, 0, 4).is_err());
+        assert!(table.begin_data(Cookie(u64::MAX), 0, 4).is_err());
+    }
+
+    #[test]
+    fn a_lost_connection_fails_everything_and_keeps_what_was_answered() {
+        let mut table = Table::new();
+        let (mut a, mut b) = ([0; 4], [0; 4]);
+        let answered = read(&mut table, 0, &mut a);
+        table.begin_data(answered, 0, 4).unwrap();
+        table.complete(answered, &mut Vec::new()).unwrap();
+        let waiting = read(&mut table, 0, &mut b);
+        assert_eq!(answer(&mut table, waiting), None);
+        let mut wakers = Vec::new();
+        table.fail_all(&mut wakers);
+        assert_eq!(wakers.len(), 1);
+        assert_eq!(answer(&mut table, answered), Some(Ok(vec![])));
+        assert_eq!(answer(&mut table, waiting), Some(Err(libc::EIO)));
+        table.let_go(answered);
+        table.let_go(waiting);
+        assert_eq!(table.take_freed(), 2);
+    }
+}
