@@ -1,7 +1,6 @@
 //! Mounts, seen from outside: never by touching a file that may be dead.
 
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::path::Path;
 
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -51,30 +50,17 @@ pub fn take_away(path: &Path) {
     }
 }
 
-/// The control files of FUSE connections, mounted in a place of our own.
-static CONTROL: Mutex<Option<Sandbox>> = Mutex::new(None);
-
 /// Ends a FUSE connection whatever its state; only root can, others leave it as it is.
 pub fn abort(connection: u64) -> bool {
     if !super::is_root() {
         return false;
     }
-    let mut control = CONTROL.lock().expect("no panic while it is held");
-    let folder = control.get_or_insert_with(|| {
-        let folder = Sandbox::new();
-        rustix::mount::mount("none", folder.path(), "fusectl", MountFlags::empty(), None)
-            .expect("fusectl can be mounted wherever FUSE is");
-        folder
-    });
-    let file: PathBuf = folder.join(&connection.to_string()).join("abort");
-    std::fs::write(file, "1").is_ok()
-}
-
-/// Unmounts the control files.
-pub fn put_control_away() {
-    if let Some(folder) = CONTROL.lock().expect("no panic while it is held").take()
-        && let Err(e) = rustix::mount::unmount(folder.path(), UnmountFlags::DETACH)
-    {
+    let folder = Sandbox::new();
+    rustix::mount::mount("none", folder.path(), "fusectl", MountFlags::empty(), None)
+        .expect("fusectl can be mounted wherever FUSE is");
+    let written = std::fs::write(folder.join(&connection.to_string()).join("abort"), "1");
+    if let Err(e) = rustix::mount::unmount(folder.path(), UnmountFlags::DETACH) {
         eprintln!("{}: left mounted: {e}", folder.path().display());
     }
+    written.is_ok()
 }

@@ -8,7 +8,7 @@ use super::ability::{self, Ability, Setting};
 use super::export::{Ended, Export, Transport, binary};
 use super::image::{Image, KINDS, Kind, patchy};
 use super::sandbox::Sandbox;
-use super::{USER, is_root, mounts};
+use super::{USER, is_root};
 
 /// What one test has: a transport, a kind of source, and a folder.
 pub struct Case {
@@ -99,7 +99,10 @@ pub fn run(promises: Vec<Promise>) -> ExitCode {
 
 /// Runs trials with FUSE over io_uring switched on.
 pub fn run_trials(trials: Vec<Trial>) -> ExitCode {
-    run_with(Arguments::from_args(), trials)
+    let mut arguments = Arguments::from_args();
+    // They wait for each other's disks and for clients' time to be up, more than they compute.
+    arguments.test_threads.get_or_insert(4);
+    run_with(arguments, trials)
 }
 
 /// The same, one after the other.
@@ -109,9 +112,7 @@ pub fn run_serially(trials: Vec<Trial>) -> ExitCode {
 
 fn run_with(arguments: Arguments, trials: Vec<Trial>) -> ExitCode {
     let _switch = (!arguments.list).then(|| Setting::set(ability::RING_SWITCH, "Y"));
-    let conclusion = libtest_mimic::run(&arguments, trials);
-    mounts::put_control_away();
-    conclusion.exit_code()
+    libtest_mimic::run(&arguments, trials).exit_code()
 }
 
 /// A trial that is skipped where an ability is missing.
