@@ -5,52 +5,91 @@
 //! which a poll armed in the ring watches.
 //!
 //! No ring is lost: the sleeper sets `sleeping` and then looks at `rung`, the ringer sets `rung` and then looks
-//! at `sleeping`, all in one total order, so at least one of them sees the other.
+//! at `sleeping`, each with a sequentially consistent fence between, so at least one of them sees the other. loom tries every order:
+//! `RUSTFLAGS="--cfg diskfuse_loom" cargo test --lib doorbell::every_order`.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::task::Wake;
+
+#[cfg(diskfuse_loom)]
+use loom::sync::atomic::{AtomicBool, Ordering::*, fence};
+#[cfg(not(diskfuse_loom))]
+use std::sync::atomic::{AtomicBool, Ordering::*, fence};
 
 use super::ring::Ring;
 use crate::sys;
 
+/// The protocol between the sleeper and the ringers.
+#[derive(Debug)]
+struct Flags {
+    rung: AtomicBool,
+    sleeping: AtomicBool,
+}
+
+impl Flags {
+    fn new(rung: bool) -> Flags {
+        Flags { rung: AtomicBool::new(rung), sleeping: AtomicBool::new(false) }
+    }
+
+    fn take(&self) -> bool {
+        // A plain look first: it is asked far more often than it is rung.
+        self.rung.load(Relaxed) && self.rung.swap(false, AcqRel)
+    }
+
+    fn may_sleep(&self) -> bool {
+        self.sleeping.store(true, Relaxed);
+        fence(SeqCst);
+        if self.rung.load(Relaxed) {
+            self.sleeping.store(false, Relaxed);
+            return false;
+        }
+        true
+    }
+
+    fn awake(&self) {
+        self.sleeping.store(false, Relaxed);
+    }
+
+    /// Whether a sleep has to be ended.
+    fn ring(&self) -> bool {
+        // Who finds it rung leaves the rest to who rang it first.
+        if self.rung.swap(true, AcqRel) {
+            return false;
+        }
+        fence(SeqCst);
+        self.sleeping.load(Relaxed)
+    }
+}
+
 /// A flag that can end its owner's sleep.
 #[derive(Debug)]
 pub struct Doorbell {
-    rung: AtomicBool,
-    sleeping: AtomicBool,
+    flags: Flags,
     event: OwnedFd,
 }
 
 impl Doorbell {
     /// One that has been rung: there is something to look at first.
     pub fn new() -> io::Result<Arc<Doorbell>> {
-        let (rung, sleeping) = (AtomicBool::new(true), AtomicBool::new(false));
-        Ok(Arc::new(Doorbell { rung, sleeping, event: sys::eventfd()? }))
+        Ok(Arc::new(Doorbell { flags: Flags::new(true), event: sys::eventfd()? }))
     }
 
     /// Whether it was rung since the last call.
     pub fn take(&self) -> bool {
-        // A plain look first: it is asked far more often than it is rung.
-        self.rung.load(SeqCst) && self.rung.swap(false, SeqCst)
+        self.flags.take()
     }
 
     /// Announces a sleep; whether its owner may begin it. Call [`Doorbell::awake`] after it.
     pub fn may_sleep(&self) -> bool {
-        self.sleeping.store(true, SeqCst);
-        if self.rung.load(SeqCst) {
-            self.sleeping.store(false, SeqCst);
-            return false;
-        }
-        true
+        self.flags.may_sleep()
     }
 
     /// The sleep is over.
     pub fn awake(&self) {
-        self.sleeping.store(false, SeqCst);
+        self.flags.awake();
     }
 
     /// Keeps the poll that ends the sleep armed in `ring`, for ever.
@@ -73,14 +112,57 @@ impl Wake for Doorbell {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        if !self.rung.swap(true, SeqCst) && self.sleeping.load(SeqCst) {
+        if self.flags.ring() {
             // It fails only when the counter is full, which wakes as well.
             let _ = sys::write(&self.event, &1_u64.to_ne_bytes());
         }
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, diskfuse_loom))]
+mod every_order {
+    use super::Flags;
+    use loom::sync::{Arc, Condvar, Mutex};
+
+    /// The eventfd, and the sleep that it ends.
+    #[derive(Default)]
+    struct Event(Mutex<bool>, Condvar);
+
+    #[test]
+    fn no_ring_is_lost() {
+        loom::model(|| {
+            let shared = Arc::new((Flags::new(false), Event(Mutex::new(false), Condvar::new())));
+            let ringers: Vec<_> = (0..2)
+                .map(|_| {
+                    let shared = shared.clone();
+                    loom::thread::spawn(move || {
+                        let (flags, event) = &*shared;
+                        if flags.ring() {
+                            *event.0.lock().unwrap() = true;
+                            event.1.notify_one();
+                        }
+                    })
+                })
+                .collect();
+            let (flags, event) = &*shared;
+            // It must come to an end: loom reports a sleep that nobody ends as a deadlock.
+            while !flags.take() {
+                if flags.may_sleep() {
+                    let mut rung = event.0.lock().unwrap();
+                    while !*rung {
+                        rung = event.1.wait(rung).unwrap();
+                    }
+                    *rung = false;
+                    drop(rung);
+                    flags.awake();
+                }
+            }
+            ringers.into_iter().for_each(|ringer| ringer.join().unwrap());
+        });
+    }
+}
+
+#[cfg(all(test, not(diskfuse_loom)))]
 mod tests {
     use super::*;
     use std::task::Waker;
