@@ -4,11 +4,12 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use libc::{EIO, ENOSPC};
+use libc::{EIO, ENOSPC, EPERM};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::common::export::Export;
 use crate::common::image::{LoopDevice, write_sparse};
+use crate::common::nbd::{Address, Server};
 use crate::common::sandbox::Sandbox;
 use crate::common::suite::{Case, SIZE};
 use crate::common::{Aligned, Random, assert_errno, fail, noise, program, succeed};
@@ -123,4 +124,55 @@ pub fn full_file_system_says_so(case: &Case) {
     drop(file);
     export.stop(libc::SIGTERM).assert(0, &[]);
     assert!(fs::read(&path).unwrap()[..1 << 20] == bytes[..1 << 20]);
+}
+
+/// A disk whose third MiB fails, and whose flush may fail, as an NBD server shows it. The words are a shell's;
+/// the plugin gives them the length as $3 and the offset as $4.
+fn broken_server(case: &Case, flush: &str) -> (Server, Address) {
+    const BAD: &str = "[ $(($4 + $3)) -le 2097152 ] || [ $4 -ge 3145728 ]";
+    let address = Address::unix(&case.sandbox);
+    let words = [
+        "eval".to_owned(),
+        format!("get_size=echo {SIZE}"),
+        format!("pread={BAD} || {{ echo EPERM >&2; exit 1; }}; head -c $3 /dev/zero"),
+        format!("pwrite={BAD} || {{ echo ENOSPC >&2; exit 1; }}; cat >/dev/null"),
+        format!("flush={flush}"),
+    ];
+    (Server::nbdkit(&address, words), address)
+}
+
+pub fn servers_error_fails_only_the_requests_that_touch_it(case: &Case) {
+    let (_server, address) = broken_server(case, "exit 0");
+    let mut export = export(case, Path::new(&address.uri("")), &[]);
+    let file = File::options().read(true).write(true).open(export.file()).unwrap();
+    let (good, bad) = (1 << 20, 2 << 20);
+    std::thread::scope(|scope| {
+        for client in 0..4 {
+            let file = &file;
+            scope.spawn(move || {
+                for i in 0..10 {
+                    let at = (client * 10 + i) * 4096;
+                    let mut buf = [1; 4096];
+                    assert_errno(file.read_at(&mut buf, bad + at), EPERM);
+                    assert_errno(file.write_at(&buf, bad + at), ENOSPC);
+                    assert_eq!(file.read_at(&mut buf, good + at).unwrap(), 4096);
+                    assert!(buf == [0; 4096]);
+                    assert_eq!(file.write_at(&buf, good + at).unwrap(), 4096);
+                }
+            });
+        }
+    });
+    file.sync_all().unwrap();
+    drop(file);
+    export.stop(libc::SIGTERM).assert(0, &[]);
+}
+
+pub fn servers_failed_flush_reaches_fsync_and_the_exit_status(case: &Case) {
+    let (_server, address) = broken_server(case, "echo EIO >&2; exit 1");
+    let mut export = export(case, Path::new(&address.uri("")), &[]);
+    let file = File::options().write(true).open(export.file()).unwrap();
+    file.write_all_at(&[1; 4096], 0).unwrap();
+    assert_errno(file.sync_all(), EIO);
+    drop(file);
+    export.stop(libc::SIGTERM).assert(1, &["nbd.socket", "flush"]);
 }

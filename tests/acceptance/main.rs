@@ -45,11 +45,12 @@ fn main() -> ExitCode {
         size::disk_of_fixed_size_keeps_it if |k| !k.resizable,
         size::o_trunc_empties_only_what_may_grow,
         // 11-13
-        holes::punch_hole_zeroes_and_frees,
+        holes::punch_hole_zeroes_and_frees if |k| k.punches,
+        holes::punch_hole_is_refused_where_it_cannot_be if |k| !k.punches,
         holes::zero_range_zeroes,
         holes::other_fallocate_modes_are_refused,
         holes::seek_shows_the_images_holes,
-        holes::copies_keep_the_holes if |k| k.shows_holes && k.visible,
+        holes::copies_keep_the_holes if |k| k.counts_blocks && k.visible,
         holes::stat_and_statfs_are_sensible,
         // 14-16, 18
         io::many_reads_at_depth_64_complete ["fio"],
@@ -64,6 +65,8 @@ fn main() -> ExitCode {
         errors::error_fails_only_the_requests_that_touch_it ["blockdev"] if |k| k.name.starts_with("loop"),
         errors::flush_reaches_the_disk_and_its_failure_the_exit_status ["loop"] if |k| k.name == "loop",
         errors::full_file_system_says_so ["root"] if |k| k.name == "tmpfs",
+        errors::servers_error_fails_only_the_requests_that_touch_it if |k| k.name == "nbdkit-unix",
+        errors::servers_failed_flush_reaches_fsync_and_the_exit_status if |k| k.name == "nbdkit-unix",
         clients::fsx_finds_no_mismatch ["fsx"],
     ])
 }

@@ -4,6 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::ability::Ability;
+use super::nbd::{Address, Server};
 use super::sandbox::Sandbox;
 use super::{noise, program, succeed};
 
@@ -22,6 +23,12 @@ pub struct Kind {
     pub resizable: bool,
     /// Its holes are shown by SEEK_HOLE.
     pub shows_holes: bool,
+    /// `stat` shows how much of it is allocated.
+    pub counts_blocks: bool,
+    /// Holes can be made in it.
+    pub punches: bool,
+    /// What is zeroed by a hole needs no space.
+    pub frees: bool,
     /// A second writable export of it is refused.
     pub locked: bool,
 }
@@ -35,6 +42,9 @@ const FILE: Kind = Kind {
     regular: true,
     resizable: true,
     shows_holes: true,
+    counts_blocks: true,
+    punches: true,
+    frees: true,
     locked: true,
 };
 const LOOP: Kind = Kind {
@@ -44,8 +54,20 @@ const LOOP: Kind = Kind {
     regular: false,
     resizable: false,
     shows_holes: false,
+    counts_blocks: false,
     ..FILE
 };
+const NBD: Kind = Kind {
+    regular: false,
+    resizable: false,
+    counts_blocks: false,
+    locked: false,
+    needs: &["fuse", "nbd", "nbdkit"],
+    ..FILE
+};
+const QEMU_NBD: Kind = Kind { needs: &["fuse", "nbd", "qemu-nbd"], ..NBD };
+const NBD_SERVER: Kind =
+    Kind { needs: &["fuse", "nbd", "nbd-server"], shows_holes: false, frees: false, ..NBD };
 
 pub const KINDS: &[Kind] = &[
     FILE,
@@ -54,6 +76,35 @@ pub const KINDS: &[Kind] = &[
     Kind { name: "mem", make: memory, visible: false, regular: false, locked: false, ..FILE },
     LOOP,
     Kind { name: "loop-direct", options: &["--direct"], ..LOOP },
+    Kind { name: "nbdkit-unix", make: |s, b| nbdkit(s, b, Address::unix(s), &[], &[]), ..NBD },
+    Kind { name: "nbdkit-tcp", make: |s, b| nbdkit(s, b, Address::tcp(), &[], &[]), ..NBD },
+    // The whole blocks of a disk with large ones
+    Kind {
+        name: "nbdkit-4k",
+        make: |s, b| {
+            let sizes = ["minimum=4096", "preferred=4096", "maximum=1M", "error-policy=error"];
+            let sizes = sizes.map(|size| format!("blocksize-{size}"));
+            nbdkit(s, b, Address::unix(s), &["--filter=blocksize-policy".into()], &sizes)
+        },
+        ..NBD
+    },
+    // All that a server need not have
+    Kind {
+        name: "nbdkit-plain",
+        make: |s, b| {
+            let without =
+                ["filter=nozero", "filter=fua", "filter=noextents", "filter=multi-conn", "no-sr"];
+            let without = without.map(|option| format!("--{option}"));
+            nbdkit(s, b, Address::unix(s), &without, &["multi-conn-mode=disable".into()])
+        },
+        shows_holes: false,
+        punches: false,
+        ..NBD
+    },
+    Kind { name: "qemu-nbd-unix", make: |s, b| qemu_nbd(s, b, Address::unix(s)), ..QEMU_NBD },
+    Kind { name: "qemu-nbd-tcp", make: |s, b| qemu_nbd(s, b, Address::tcp()), ..QEMU_NBD },
+    Kind { name: "nbd-server-unix", make: |s, b| nbd_server(s, b, Address::unix(s)), ..NBD_SERVER },
+    Kind { name: "nbd-server-tcp", make: |s, b| nbd_server(s, b, Address::tcp()), ..NBD_SERVER },
 ];
 
 impl Kind {
@@ -146,6 +197,32 @@ fn loop_device(sandbox: &Sandbox, bytes: &[u8]) -> Image {
     let device = LoopDevice::new(file.path(), &[]);
     let path = Some(PathBuf::from(&device.0));
     Image { path, store: file.store, ..Image::new(&device.0) }.with(device)
+}
+
+/// The file plugin behind `filters`, with the filters' `parameters`.
+fn nbdkit(
+    sandbox: &Sandbox,
+    bytes: &[u8],
+    address: Address,
+    filters: &[String],
+    parameters: &[String],
+) -> Image {
+    let file = regular_file(sandbox, bytes);
+    let words = filters.iter().cloned().chain(["file".into(), file.source.clone()]);
+    let server = Server::nbdkit(&address, words.chain(parameters.iter().cloned()));
+    Image { source: address.uri(""), ..file }.with(server)
+}
+
+fn qemu_nbd(sandbox: &Sandbox, bytes: &[u8], address: Address) -> Image {
+    let file = regular_file(sandbox, bytes);
+    let server = Server::qemu_nbd(&address, file.path());
+    Image { source: address.uri(""), ..file }.with(server)
+}
+
+fn nbd_server(sandbox: &Sandbox, bytes: &[u8], address: Address) -> Image {
+    let file = regular_file(sandbox, bytes);
+    let server = Server::nbd_server(sandbox, &address, file.path());
+    Image { source: address.uri("disk"), ..file }.with(server)
 }
 
 /// A loop device, detached when dropped.

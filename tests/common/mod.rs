@@ -10,6 +10,7 @@ pub mod ability;
 pub mod export;
 pub mod image;
 pub mod mounts;
+pub mod nbd;
 pub mod sandbox;
 pub mod suite;
 pub mod writer;
