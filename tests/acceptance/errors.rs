@@ -135,7 +135,7 @@ fn broken_server(case: &Case, flush: &str) -> (Server, Address) {
         "eval".to_owned(),
         format!("get_size=echo {SIZE}"),
         format!("pread={BAD} || {{ echo EPERM >&2; exit 1; }}; head -c $3 /dev/zero"),
-        format!("pwrite={BAD} || {{ echo ENOSPC >&2; exit 1; }}; cat >/dev/null"),
+        format!("pwrite=cat >/dev/null; {BAD} || {{ echo ENOSPC >&2; exit 1; }}"),
         format!("flush={flush}"),
     ];
     (Server::nbdkit(&address, words), address)
