@@ -1,7 +1,6 @@
 //! NBD servers.
 
-use std::net::TcpStream;
-use std::os::unix::net::UnixStream;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,7 +16,7 @@ const PORT: u16 = 10809;
 pub enum Address {
     Unix(PathBuf),
     /// An address of loopback that no other test has, so that the port can be the usual one.
-    Tcp(String),
+    Tcp(Ipv4Addr),
 }
 
 impl Address {
@@ -29,7 +28,7 @@ impl Address {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed) % 250 + 2;
         let [_, _, high, low] = std::process::id().to_be_bytes();
-        Address::Tcp(format!("127.{number}.{high}.{low}"))
+        Address::Tcp(Ipv4Addr::new(127, number as u8, high, low))
     }
 
     pub fn uri(&self, export: &str) -> String {
@@ -39,10 +38,24 @@ impl Address {
         }
     }
 
-    fn answers(&self) -> bool {
+    /// Whether somebody listens there. Not tried by connecting: that would be a client more, and
+    /// nbd-server may hang when one goes while the next one comes.
+    fn is_served(&self) -> bool {
+        const LISTENS: &str = "0A";
+        let lines = |file: &str| std::fs::read_to_string(file).expect("/proc is mounted");
         match self {
-            Address::Unix(path) => UnixStream::connect(path).is_ok(),
-            Address::Tcp(host) => TcpStream::connect((host.as_str(), PORT)).is_ok(),
+            Address::Unix(path) => {
+                let path = path.to_str().expect("UTF-8");
+                lines("/proc/net/unix").lines().any(|line| line.ends_with(path))
+            }
+            Address::Tcp(host) => {
+                let address = u32::from_ne_bytes(host.octets());
+                let local = format!("{address:08X}:{PORT:04X}");
+                lines("/proc/net/tcp").lines().any(|line| {
+                    let fields: Vec<&str> = line.split_whitespace().collect();
+                    fields.get(1) == Some(&local.as_str()) && fields.get(3) == Some(&LISTENS)
+                })
+            }
         }
     }
 }
@@ -61,7 +74,7 @@ impl Server {
         let mut server = Server { pid: child.id(), child: Some(child) };
         eventually("an NBD server", || {
             assert!(server.is_running(), "{command:?}: it has ended");
-            address.answers()
+            address.is_served()
         });
         server
     }
@@ -81,7 +94,9 @@ impl Server {
         let mut command = Command::new("nbdkit");
         match address {
             Address::Unix(path) => command.arg("--unix").arg(path),
-            Address::Tcp(host) => command.args(["--ip-addr", host, "--port", &PORT.to_string()]),
+            Address::Tcp(host) => {
+                command.args(["--ip-addr", &host.to_string(), "--port", &PORT.to_string()])
+            }
         };
         Server::start(command.arg("--foreground").args(words), address)
     }
@@ -90,7 +105,9 @@ impl Server {
         let mut command = Command::new("qemu-nbd");
         match address {
             Address::Unix(path) => command.arg("--socket").arg(path),
-            Address::Tcp(host) => command.args(["--bind", host, "--port", &PORT.to_string()]),
+            Address::Tcp(host) => {
+                command.args(["--bind", &host.to_string(), "--port", &PORT.to_string()])
+            }
         };
         let options = ["--format=raw", "--persistent", "--shared=0", "--discard=unmap"];
         Server::start(command.args(options).arg(disk), address)
@@ -118,7 +135,7 @@ impl Server {
             pid.is_some()
         });
         let server = Server { pid: pid.expect("it was there"), child: None };
-        eventually("nbd-server", || address.answers());
+        eventually("nbd-server", || address.is_served());
         server
     }
 

@@ -10,16 +10,21 @@ use common::image::Kind;
 
 fn main() -> ExitCode {
     common::suite::run(promises![
-        load::sigterm_keeps_every_acknowledged_write if |k| k.visible,
-        load::unmount_keeps_every_acknowledged_write if |k| k.visible,
-        load::second_signal_ends_it_at_once,
-        load::killed_program_is_cleared_away_by_the_next,
+        load::sigterm_keeps_every_acknowledged_write if |k| k.visible && is_one_of_its_sort(k),
+        load::unmount_keeps_every_acknowledged_write if |k| k.visible && is_one_of_its_sort(k),
+        load::second_signal_ends_it_at_once if is_one_of_its_sort,
+        load::killed_program_is_cleared_away_by_the_next if is_one_of_its_sort,
         load::rounds_of_load_cut_off_leave_nothing ["fio", "root"] if has_rounds,
-        load::requests_in_flight_cost_little_memory ["fio"],
+        load::requests_in_flight_cost_little_memory ["fio"] if is_one_of_its_sort,
     ])
+}
+
+/// The end is the same for the others.
+fn is_one_of_its_sort(kind: &Kind) -> bool {
+    ["file", "file-direct", "mem", "loop", "nbdkit-unix", "qemu-nbd-tcp"].contains(&kind.name)
 }
 
 /// Rounds take long: `scripts/terminate` runs more of them.
 fn has_rounds(kind: &Kind) -> bool {
-    ["file", "file-direct"].contains(&kind.name)
+    ["file", "file-direct", "nbdkit-unix"].contains(&kind.name)
 }
