@@ -14,7 +14,7 @@ use super::{is_root, program};
 /// Switches FUSE over io_uring on and off.
 pub const RING_SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
 
-/// The name of an ability: `fuse`, `uring`, `root`, `user`, `loop`, `direct`, `nbd`, or a program's name.
+/// The name of an ability: `fuse`, `uring`, `root`, `user`, `loop`, `direct`, `nbd`, `netns`, or a program's name.
 pub type Ability = &'static str;
 
 /// Why it is missing, if it is.
@@ -79,6 +79,13 @@ fn find_out(ability: Ability) -> Result<(), String> {
             let help = help.map_err(|e| e.to_string())?;
             let knows = String::from_utf8_lossy(&help.stdout).contains("nbd://");
             knows.then_some(()).ok_or("this diskfuse knows no nbd://".into())
+        }
+        "netns" => {
+            find_out("root")?;
+            let unshared = program("unshare", ["--net", "ip", "link"]).output();
+            let unshared = unshared.map_err(|e| e.to_string())?;
+            let why = String::from_utf8_lossy(&unshared.stderr).trim().to_owned();
+            unshared.status.success().then_some(()).ok_or(why)
         }
         name => find_program(name).map(drop).ok_or(format!("{name} is not installed")),
     }

@@ -68,15 +68,25 @@ pub struct Server {
 }
 
 impl Server {
-    fn start(command: &mut Command, address: &Address) -> Server {
+    pub fn start(command: &mut Command, address: &Address) -> Server {
+        Server::start_until(command, || address.is_served())
+    }
+
+    /// With a check of the caller's own for whether it is ready.
+    pub fn start_until(command: &mut Command, mut is_ready: impl FnMut() -> bool) -> Server {
         let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let child = quiet.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
         let mut server = Server { pid: child.id(), child: Some(child) };
         eventually("an NBD server", || {
             assert!(server.is_running(), "{command:?}: it has ended");
-            address.is_served()
+            is_ready()
         });
         server
+    }
+
+    pub fn kill(&mut self) {
+        kill_process(super::export::pid(self.pid), Signal::KILL).expect("it runs");
+        eventually("the end of a server", || !self.is_running());
     }
 
     fn is_running(&mut self) -> bool {

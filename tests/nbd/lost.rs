@@ -1,0 +1,90 @@
+//! A server that is gone from one moment to the next.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use libc::{EIO, O_DIRECT, O_RDONLY, SIGTERM};
+
+use crate::common::export::Export;
+use crate::common::nbd::{Address, Server};
+use crate::common::{Aligned, SOON, assert_errno, eventually, noise};
+use crate::{Bench, SIZE, open};
+
+const CLIENTS: usize = 8;
+const BLOCK: usize = 4096;
+
+/// Clients read and write without end, until their first error, which has to be EIO. In the middle of it
+/// the server is killed.
+fn killed_under_load(export: &Export, server: &mut Server) {
+    let done = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|client| {
+                let file = open(export.file(), O_DIRECT);
+                let done = &done;
+                scope.spawn(move || {
+                    let mut buf = Aligned::of(&noise(client as u64, BLOCK));
+                    let begun = std::time::Instant::now();
+                    for round in 0.. {
+                        assert!(begun.elapsed() < SOON, "no error, {round} rounds");
+                        let at = ((client * 64 + round % 64) * BLOCK) as u64;
+                        let result = match client % 2 {
+                            0 => file.write_at(&buf, at),
+                            _ => file.read_at(&mut buf, at),
+                        };
+                        if result.is_err() {
+                            assert_errno(result, EIO);
+                            break;
+                        }
+                        done.fetch_add(1, Ordering::Relaxed);
+                    }
+                    // And so are all others.
+                    assert_errno(file.read_at(&mut buf, 0), EIO);
+                    assert_errno(file.write_at(&buf, 0), EIO);
+                    assert_errno(file.sync_all(), EIO);
+                })
+            })
+            .collect();
+        eventually("requests", || done.load(Ordering::Relaxed) > 200);
+        server.kill();
+        for client in clients {
+            client.join().unwrap();
+        }
+    });
+    assert!(export.is_mounted(), "it is served on, if only with errors");
+}
+
+pub fn killed_server_fails_all_requests(bench: &Bench) {
+    let disk = bench.disk(&vec![0; SIZE]);
+    let (mut server, uri) = bench.nbdkit(&["file", disk.to_str().unwrap()]);
+    let mut export = bench.export(&uri);
+    killed_under_load(&export, &mut server);
+    export.stop(SIGTERM).assert(1, &["flush", "may be lost"]);
+}
+
+pub fn killed_server_over_tcp_fails_all_requests(bench: &Bench) {
+    let disk = bench.disk(&vec![0; SIZE]);
+    let address = Address::tcp();
+    let mut server = Server::qemu_nbd(&address, &disk);
+    let mut export = bench.export(&address.uri(""));
+    killed_under_load(&export, &mut server);
+    export.stop(SIGTERM).assert(1, &["flush", "may be lost"]);
+}
+
+/// What was written has been flushed: the loss of the server loses nothing.
+pub fn killed_server_of_a_flushed_disk_costs_nothing(bench: &Bench) {
+    let disk = bench.disk(&vec![0; SIZE]);
+    let (mut server, uri) = bench.nbdkit(&["file", disk.to_str().unwrap()]);
+    let mut export = bench.export(&uri);
+    let data = noise(5, SIZE / 2);
+    fs::File::options().write(true).open(export.file()).unwrap().write_all_at(&data, 77).unwrap();
+    server.kill();
+    let file = fs::File::options().read(true).open(export.file()).unwrap();
+    let direct = rustix::fs::OFlags::from_bits_retain(O_RDONLY as u32) | rustix::fs::OFlags::DIRECT;
+    rustix::fs::fcntl_setfl(&file, direct).unwrap();
+    assert_errno(file.read_at(&mut Aligned::new(BLOCK), 0), EIO);
+    drop(file);
+    export.stop(SIGTERM).assert(0, &[]);
+    assert!(fs::read(&disk).unwrap()[77..][..data.len()] == data);
+}

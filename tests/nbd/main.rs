@@ -1,0 +1,130 @@
+//! Remote disks through the whole program: servers that limit, fail, delay, refuse and die, TLS, other
+//! hosts, and what a script does. The acceptance suite runs over NBD by itself; here is what only a server
+//! can do.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod calls;
+mod filters;
+mod hosts;
+mod lost;
+mod refusals;
+mod scripts;
+mod tls;
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use common::ability::Ability;
+use common::export::{Ended, Export, Transport};
+use common::image::write_sparse;
+use common::nbd::{Address, Server};
+use common::sandbox::Sandbox;
+use common::suite::{needs_of, run_trials, trial};
+use libtest_mimic::Trial;
+
+/// The size of most tests' disks, in bytes.
+const SIZE: usize = 4 << 20;
+
+/// What one test has: a transport, and a folder in memory.
+struct Bench {
+    transport: Transport,
+    sandbox: Sandbox,
+}
+
+impl Bench {
+    fn new(transport: Transport) -> Bench {
+        Bench { transport, sandbox: in_memory() }
+    }
+
+    /// A disk's bytes in a file.
+    fn disk(&self, bytes: &[u8]) -> PathBuf {
+        let path = self.sandbox.join("disk.img");
+        write_sparse(&path, bytes);
+        path
+    }
+
+    /// nbdkit on a Unix socket; `words` are its options, a plugin and its parameters. Its disk's URI.
+    fn nbdkit(&self, words: &[&str]) -> (Server, String) {
+        let address = Address::unix(&self.sandbox);
+        (Server::nbdkit(&address, words), address.uri(""))
+    }
+
+    /// Exports it as `disk` in the folder; it ends when dropped.
+    fn export(&self, uri: &str) -> Export {
+        self.try_export(uri, &[]).unwrap_or_else(|ended| panic!("{}: {}", ended.status, ended.log))
+    }
+
+    fn try_export(&self, uri: &str, options: &[&str]) -> Result<Export, Ended> {
+        let options = [&[self.transport.option()], options].concat();
+        Export::try_start(uri, &self.sandbox.join("disk"), &options, |_| ())
+            .map(|export| export.only_by(self.transport))
+    }
+}
+
+/// A folder in memory: the disks of these tests are not to be slow.
+fn in_memory() -> Sandbox {
+    Sandbox::below(Path::new("/dev/shm"))
+}
+
+/// Reads and writes.
+fn open(path: &Path, flags: i32) -> File {
+    File::options().read(true).write(true).custom_flags(flags).open(path).unwrap()
+}
+
+/// A test over each transport.
+struct Test {
+    name: &'static str,
+    test: fn(&Bench),
+    needs: &'static [Ability],
+}
+
+macro_rules! tests {
+    ($($module:ident :: $test:ident [$($need:literal),*]),* $(,)?) => {
+        [$(Test {
+            name: concat!(stringify!($module), "::", stringify!($test)),
+            test: $module::$test,
+            needs: &["fuse", "nbd", $($need),*],
+        }),*]
+    };
+}
+
+fn main() -> ExitCode {
+    let tests = tests![
+        filters::fsx_passes_through_blocks_of_4096 ["nbdkit", "fsx"],
+        filters::errors_hit_only_the_range_they_are_in ["nbdkit"],
+        filters::errors_come_and_go ["nbdkit"],
+        filters::without_write_zeroes_ranges_are_written_and_holes_refused ["nbdkit"],
+        filters::one_connection_is_enough ["nbdkit"],
+        filters::delays_of_many_requests_pass_together ["nbdkit"],
+        filters::holes_of_the_server_are_seen ["nbdkit"],
+        tls::nbdkit_is_served ["nbdkit", "openssl"],
+        tls::qemu_nbd_is_served ["qemu-nbd", "openssl"],
+        refusals::read_only_server_makes_a_read_only_file ["nbdkit", "qemu-nbd"],
+        lost::killed_server_fails_all_requests ["nbdkit"],
+        lost::killed_server_of_a_flushed_disk_costs_nothing ["nbdkit"],
+        lost::killed_server_over_tcp_fails_all_requests ["qemu-nbd"],
+        hosts::three_hosts_in_a_row ["netns", "ip", "nsenter", "qemu-nbd", "nbdkit", "fio"],
+        scripts::daemon_serves_until_it_is_told_to_end ["nbdkit"],
+        scripts::daemon_that_cannot_start_says_so ["nbdkit"],
+        scripts::pidfile_in_use_is_refused ["nbdkit"],
+        scripts::command_has_the_file_and_gives_the_status ["nbdkit"],
+        scripts::signals_are_passed_to_the_command ["nbdkit"],
+        calls::one_read_is_one_send_and_one_receive ["nbdkit", "strace"],
+        calls::many_reads_share_their_sends ["nbdkit", "strace", "fio"],
+    ];
+    let mut trials: Vec<Trial> = Vec::new();
+    for transport in Transport::ALL {
+        trials.extend(tests.iter().map(|test| {
+            let run = test.test;
+            let name = format!("{}/{}", transport.name(), test.name);
+            trial(name, needs_of(transport, test.needs), move || run(&Bench::new(transport)))
+        }));
+    }
+    trials.extend(refusals::trials());
+    trials.extend(tls::trials());
+    run_trials(trials)
+}

@@ -1,0 +1,231 @@
+//! Remote disks that cannot be had, by exit status and message, and one that can only be read.
+
+use std::fs;
+use std::io::Write;
+use std::net::TcpListener;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::process::{Command, Stdio};
+
+use libtest_mimic::Trial;
+
+use crate::common::ability::Ability;
+use crate::common::export::binary;
+use crate::common::nbd::{Address, Server};
+use crate::common::sandbox::Sandbox;
+use crate::common::suite::trial;
+use crate::common::{assert_errno, fail, noise, program};
+use crate::{Bench, SIZE, in_memory};
+
+/// Runs the program on a mountpoint that is missing: it ends with this status, says each of `says` in one or
+/// two lines, and leaves nothing behind.
+#[track_caller]
+pub fn assert_refused<S: AsRef<std::ffi::OsStr>>(words: &[S], status: i32, says: &[&str]) {
+    let sandbox = in_memory();
+    let output =
+        program(binary(), words).arg(sandbox.join("disk")).stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{said}");
+    for word in says {
+        assert!(said.contains(word), "{word:?} is missing: {said}");
+    }
+    assert!(said.starts_with("diskfuse: ") && said.lines().count() <= 2, "{said}");
+    assert!(output.stdout.is_empty());
+    assert_eq!(sandbox.names(), [""; 0], "what it made is left");
+}
+
+/// A source that is refused.
+struct Refusal {
+    name: &'static str,
+    /// Makes it; its URI, and what has to live as long.
+    make: fn(&Sandbox) -> (String, Option<Box<dyn Send>>),
+    options: &'static [&'static str],
+    needs: &'static [Ability],
+    status: i32,
+    says: &'static [&'static str],
+}
+
+const SOURCE: Refusal = Refusal {
+    name: "",
+    make: |_| (String::new(), None),
+    options: &[],
+    needs: &["nbd"],
+    status: 3,
+    says: &[],
+};
+
+fn nbdkit(sandbox: &Sandbox, words: &[&str]) -> (String, Option<Box<dyn Send>>) {
+    let address = Address::unix(sandbox);
+    (address.uri(""), Some(Box::new(Server::nbdkit(&address, words))))
+}
+
+/// Something on TCP that says this to whoever connects, and then waits for the test's end.
+fn says(text: &'static str) -> (String, Option<Box<dyn Send>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("nbd://{}/", listener.local_addr().unwrap());
+    let streams = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let kept = streams.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            // The program may have gone.
+            let _ = stream.write_all(text.as_bytes());
+            kept.lock().unwrap().push(stream);
+        }
+    });
+    (uri, Some(Box::new(streams)))
+}
+
+const REFUSALS: &[Refusal] = &[
+    Refusal {
+        name: "nobody_listens",
+        make: |_| (Address::tcp().uri("disk"), None),
+        says: &["connection refused", ":10809", "NBD server"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "no_such_socket",
+        make: |sandbox| (Address::unix(sandbox).uri(""), None),
+        says: &["nbd.socket", "no such socket"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "no_such_host",
+        make: |_| ("nbd://no-such-host.invalid/".into(), None),
+        says: &["no-such-host.invalid"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "silent_server",
+        make: |_| says(""),
+        options: &["--connect-timeout=1"],
+        says: &["said nothing for 1 s"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "other_protocol",
+        make: |_| says("220 mail.example ESMTP\r\n"),
+        says: &["NBD"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "no_such_export_of_qemu_nbd",
+        make: |sandbox| {
+            let (address, disk) = (Address::unix(sandbox), sandbox.join("disk.img"));
+            fs::write(&disk, [0; 65_536]).unwrap();
+            let Address::Unix(socket) = &address else { unreachable!() };
+            let mut command = Command::new("qemu-nbd");
+            command.args(["--persistent", "--format=raw", "--export-name=vm1", "--socket"]);
+            let server = Server::start(command.arg(socket).arg(disk), &address);
+            (address.uri("vm2"), Some(Box::new(server)))
+        },
+        needs: &["nbd", "qemu-nbd"],
+        says: &["no export named 'vm2'", "it has 'vm1'"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "no_such_export_of_nbd_server",
+        make: |sandbox| {
+            let (address, disk) = (Address::unix(sandbox), sandbox.join("disk.img"));
+            fs::write(&disk, [0; 65_536]).unwrap();
+            let server = Server::nbd_server(sandbox, &address, &disk);
+            (address.uri("other"), Some(Box::new(server)))
+        },
+        needs: &["nbd", "nbd-server"],
+        // By default it does not list what it has.
+        says: &["no export named 'other'"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "no_such_export_of_many",
+        make: |sandbox| {
+            let list = "list_exports=echo NAMES; echo a; echo b; echo c";
+            let open = r#"open=[ "$3" = a ] || { echo ENOENT >&2; exit 1; }"#;
+            let (_, server) = nbdkit(sandbox, &["eval", "get_size=echo 1M", list, open]);
+            (Address::unix(sandbox).uri("z"), server)
+        },
+        needs: &["nbd", "nbdkit"],
+        says: &["'z'", "'a', 'b', 'c'"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "size_zero",
+        make: |sandbox| nbdkit(sandbox, &["memory", "0"]),
+        needs: &["nbd", "nbdkit"],
+        says: &["size zero"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "tail_out_of_reach",
+        make: |sandbox| {
+            let sizes = ["blocksize-minimum=4096", "blocksize-error-policy=error"];
+            let filter = ["--filter=blocksize-policy", "memory", "1000000"];
+            nbdkit(sandbox, &[&filter[..], &sizes].concat())
+        },
+        needs: &["nbd", "nbdkit"],
+        says: &["1000000", "4096", "last 576 bytes"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "first_read_fails",
+        make: |sandbox| {
+            let filter = ["--filter=error", "memory", "1M", "error-pread=EIO"];
+            nbdkit(sandbox, &[&filter[..], &["error-pread-rate=100%"]].concat())
+        },
+        options: &["--run=true"],
+        needs: &["fuse", "nbd", "nbdkit"],
+        status: 1,
+        says: &["cannot be read", "nput/output error"],
+    },
+    Refusal {
+        name: "uri_with_an_unknown_key",
+        make: |_| ("nbd://host/disk?nonsense=1".into(), None),
+        status: 2,
+        says: &["nonsense", "tls-certificates"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "uri_without_socket",
+        make: |_| ("nbd+unix:///disk".into(), None),
+        status: 2,
+        says: &["socket"],
+        ..SOURCE
+    },
+];
+
+pub fn trials() -> Vec<Trial> {
+    let trials = REFUSALS.iter().map(|refusal| {
+        trial(format!("refused/{}", refusal.name), refusal.needs.to_vec(), || {
+            let sandbox = in_memory();
+            let (uri, _guard) = (refusal.make)(&sandbox);
+            let words = [refusal.options, &[&uri]].concat();
+            assert_refused(&words, refusal.status, refusal.says);
+        })
+    });
+    trials.collect()
+}
+
+pub fn read_only_server_makes_a_read_only_file(bench: &Bench) {
+    let bytes = noise(1, SIZE);
+    let disk = bench.disk(&bytes);
+    let file = disk.to_str().unwrap();
+    let (kit, qemu) = (bench.sandbox.join("kit"), bench.sandbox.join("qemu"));
+    let mut qemu_nbd = Command::new("qemu-nbd");
+    qemu_nbd.args(["--read-only", "--persistent", "--format=raw", "--socket"]).arg(&qemu).arg(file);
+    let (kit, qemu) = (Address::Unix(kit), Address::Unix(qemu));
+    let _servers =
+        [Server::nbdkit(&kit, ["--read-only", "file", file]), Server::start(&mut qemu_nbd, &qemu)];
+    for address in [kit, qemu] {
+        let mut export = bench.export(&address.uri(""));
+        assert!(export.log().contains("read-only"), "{}", export.log());
+        let mode = || fs::metadata(export.file()).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(mode(), 0o400);
+        fail(program("chmod", ["u+w"]).arg(export.file()));
+        assert_eq!(mode(), 0o400);
+        let refused = fs::File::options().write(true).open(export.file());
+        let written = refused.and_then(|file| file.write_at(&[1], 0));
+        assert_errno(written, if crate::common::is_root() { libc::EROFS } else { libc::EACCES });
+        assert!(fs::read(export.file()).unwrap() == bytes);
+        export.stop(libc::SIGTERM).assert(0, &[]);
+    }
+    assert!(fs::read(&disk).unwrap() == bytes);
+}
