@@ -14,7 +14,8 @@ use super::{is_root, program};
 /// Switches FUSE over io_uring on and off.
 pub const RING_SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
 
-/// The name of an ability: `fuse`, `uring`, `root`, `user`, `loop`, `direct`, `nbd`, `netns`, or a program's name.
+/// The name of an ability: `fuse`, `uring`, `root`, `user`, `loop`, `direct`, `nbd`, `netns`, or a program's
+/// name.
 pub type Ability = &'static str;
 
 /// Why it is missing, if it is.

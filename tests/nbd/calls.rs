@@ -67,7 +67,11 @@ impl Strace {
             let line = line.unwrap();
             // Of a call that was interrupted in the trace by others there are two lines.
             let resumed = line.contains("resumed>");
-            if !resumed && !line.contains("<socket:") && !line.contains("<UNIX") && !line.contains("<TCP") {
+            if !resumed
+                && !line.contains("<socket:")
+                && !line.contains("<UNIX")
+                && !line.contains("<TCP")
+            {
                 continue;
             }
             // The number of the thread comes first.

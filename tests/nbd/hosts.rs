@@ -4,11 +4,11 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use crate::Bench;
 use crate::common::export::Export;
+use crate::common::export::Transport;
 use crate::common::nbd::Server;
 use crate::common::{mounts, noise, program, succeed};
-use crate::Bench;
-use crate::common::export::Transport;
 
 const SIZE: usize = 16 << 20;
 
@@ -126,8 +126,7 @@ pub fn three_hosts_in_a_row(bench: &Bench) {
         "--allow_file_create=0",
         "--end_fsync=1",
     ];
-    let said =
-        succeed(program("fio", fio).arg(format!("--filename={}", last.file().display())));
+    let said = succeed(program("fio", fio).arg(format!("--filename={}", last.file().display())));
     assert!(said.contains("err= 0") && said.contains("read: IOPS"), "{said}");
     let seen = bench.sandbox.join("seen");
     fs::copy(last.file(), &seen).unwrap();

@@ -100,7 +100,7 @@ fn main() -> ExitCode {
         filters::without_write_zeroes_ranges_are_written_and_holes_refused ["nbdkit"],
         filters::one_connection_is_enough ["nbdkit"],
         filters::delays_of_many_requests_pass_together ["nbdkit"],
-        filters::holes_of_the_server_are_seen ["nbdkit"],
+        filters::holes_of_the_server_are_seen ["nbdkit", "qemu-img"],
         tls::nbdkit_is_served ["nbdkit", "openssl"],
         tls::qemu_nbd_is_served ["qemu-nbd", "openssl"],
         refusals::read_only_server_makes_a_read_only_file ["nbdkit", "qemu-nbd"],

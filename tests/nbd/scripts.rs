@@ -64,7 +64,11 @@ pub fn daemon_serves_until_it_is_told_to_end(bench: &Bench) {
     bytes[..4].copy_from_slice(b"last");
     succeed(&mut script(bench, &uri, "kill $(cat pid)"));
     eventually("the end of the daemon", || !is_alive(process));
-    assert_eq!(bench.sandbox.names(), ["disk.img", "nbd.socket"], "pidfile and mountpoint are gone");
+    assert_eq!(
+        bench.sandbox.names(),
+        ["disk.img", "nbd.socket"],
+        "pidfile and mountpoint are gone"
+    );
     assert!(fs::read(&disk).unwrap() == bytes);
 }
 
@@ -109,7 +113,8 @@ pub fn command_has_the_file_and_gives_the_status(bench: &Bench) {
         let mut script = script(bench, &uri, "exec $diskfuse --run \"$command\" $uri");
         script.env("command", command).stdin(Stdio::null()).output().unwrap()
     };
-    let output = run("cmp $DISKFUSE_FILE disk.img && echo $DISKFUSE_FILE && echo x > $DISKFUSE_FILE");
+    let output =
+        run("cmp $DISKFUSE_FILE disk.img && echo $DISKFUSE_FILE && echo x > $DISKFUSE_FILE");
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{output:?}");
     assert!(output.stderr.is_empty(), "{output:?}");
@@ -118,7 +123,8 @@ pub fn command_has_the_file_and_gives_the_status(bench: &Bench) {
     assert_eq!(run("exit 7").status.code(), Some(7));
     assert_eq!(run("no-such-command-at-all 2>/dev/null").status.code(), Some(127));
     assert_eq!(run("kill -KILL $$").status.code(), Some(137));
-    let nothing = fail(&mut script(bench, "nbd+unix:///?socket=/nowhere", "$diskfuse --run 'echo ran' $uri"));
+    let nothing =
+        fail(&mut script(bench, "nbd+unix:///?socket=/nowhere", "$diskfuse --run 'echo ran' $uri"));
     assert!(!nothing.contains("ran\n"), "{nothing}");
     assert_eq!(bench.sandbox.names(), ["disk.img", "nbd.socket"]);
 }

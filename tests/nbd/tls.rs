@@ -92,7 +92,10 @@ impl Program {
                 let mut words = Vec::new();
                 match folder {
                     Some(folder) => {
-                        words.extend(["--tls=require".into(), format!("--tls-certificates={folder}")]);
+                        words.extend([
+                            "--tls=require".into(),
+                            format!("--tls-certificates={folder}"),
+                        ]);
                     }
                     None => words.push("--tls=off".into()),
                 }
