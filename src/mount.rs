@@ -56,7 +56,13 @@ impl Mountpoint {
         let fail = |why: &str| MountError(format!("{}: {why}", path.display()));
         clear_dead_mount(path);
         let mut created = None;
-        let metadata = match fs::metadata(path) {
+        let mut metadata = fs::metadata(path);
+        if metadata.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN)) {
+            // It died between the two looks.
+            clear_dead_mount(path);
+            metadata = fs::metadata(path);
+        }
+        let metadata = match metadata {
             Ok(metadata) => metadata,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
@@ -327,7 +333,9 @@ fn helper_unmount(path: &Path, lazy: bool) -> Result<(), String> {
 
 /// Unmounts what a killed diskfuse left behind: nobody serves it any more, so nothing is lost by that.
 fn clear_dead_mount(path: &Path) {
-    let dead = fs::metadata(path).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
+    // ECONNABORTED while the kernel is still ending the connection of a process killed just now.
+    let dead = fs::metadata(path)
+        .is_err_and(|e| matches!(e.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED)));
     let Some(full) = dead.then(|| lexical_path(path)).flatten() else { return };
     if mountinfo_entry(&full).is_some_and(|entry| entry.fs_type == FS_TYPE) {
         log::warn!("{}: unmounting what a killed diskfuse left there", path.display());

@@ -90,6 +90,11 @@ impl Entries {
         self.live.get()
     }
 
+    /// Whether idle entries hold pages that a burst of large requests left.
+    pub fn has_burst_pages(&self) -> bool {
+        self.in_kernel.borrow().iter().flatten().any(Memory::has_burst_pages)
+    }
+
     /// Gives back the pages that a burst of large requests left in idle entries.
     pub fn give_back_pages(&self) {
         // The kernel has these entries, but it writes to them only in task work, which under DEFER_TASKRUN

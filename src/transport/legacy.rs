@@ -20,13 +20,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use async_io::Async;
+use async_io::{Async, Timer};
 use smol::lock::Mutex;
 use smol::{LocalExecutor, future};
 
 use super::Server;
 use super::pace::Poller;
-use super::slot::{HEAD_LEN, Home, Memory, Slot};
+use super::slot::{BURST_OVER, HEAD_LEN, Home, Memory, Slot};
 use crate::backend::Backend;
 use crate::errno::Errno;
 use crate::export::Export;
@@ -134,10 +134,7 @@ impl Channel {
                             continue;
                         }
                         stats.sleeps.add(1);
-                        if server.in_flight() == 0 {
-                            self.give_back_pages();
-                        }
-                        self.device.readable().await?;
+                        self.wait(server).await?;
                     }
                     Err(Stop::Ended) => return Ok(()),
                     Err(Stop::Failed(e)) => return Err(e),
@@ -209,13 +206,26 @@ impl Channel {
         }
     }
 
+    /// Sleeps until there is a request. After large ones a first, short sleep; if nothing comes, their pages go.
+    async fn wait<B: Backend>(&self, server: &Server<B>) -> io::Result<()> {
+        if self.free.borrow().iter().any(Memory::has_burst_pages) {
+            let over = async {
+                Timer::after(BURST_OVER).await;
+                Ok(false)
+            };
+            if future::or(async { self.device.readable().await.map(|()| true) }, over).await? {
+                return Ok(());
+            }
+            if server.in_flight() == 0 {
+                self.free.borrow_mut().iter_mut().for_each(Memory::release);
+            }
+        }
+        self.device.readable().await
+    }
+
     fn put_back(&self, memory: Memory) {
         self.free.borrow_mut().push(memory);
         self.starved.take().into_iter().for_each(Waker::wake);
-    }
-
-    fn give_back_pages(&self) {
-        self.free.borrow_mut().iter_mut().for_each(Memory::release);
     }
 }
 

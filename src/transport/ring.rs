@@ -19,8 +19,10 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
-use io_uring::{IoUring, cqueue, opcode, squeue::Entry128, types::Fd};
+use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode, squeue::Entry128};
 use slab::Slab;
 
 use crate::fuse::abi::{self, UringCmdReq};
@@ -133,6 +135,20 @@ impl Ring {
             // EBUSY: completions must be reaped first, which the caller does next.
             Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EBUSY)) => Ok(()),
             Err(e) => Err(e),
+        }
+    }
+
+    /// As [`Ring::enter`] with `wait`, but sleeps no longer than `timeout`.
+    pub fn enter_for(&self, timeout: Duration) -> io::Result<()> {
+        let uring = self.uring.borrow();
+        self.unsubmitted.set(0);
+        let timeout = Timespec::from(timeout);
+        match uring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timeout)) {
+            Ok(_) => Ok(()),
+            Err(e) => match e.raw_os_error() {
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY) => Ok(()),
+                _ => Err(e),
+            },
         }
     }
 

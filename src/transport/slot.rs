@@ -20,6 +20,7 @@
 use std::io;
 use std::ptr::NonNull;
 use std::rc::Rc;
+use std::time::Duration;
 
 use crate::errno::Errno;
 use crate::fuse::abi::{InHeader, Plain};
@@ -32,6 +33,8 @@ pub const HEAD_LEN: usize = 4096;
 const STRIDE: usize = HEAD_LEN + PAYLOAD_LEN;
 /// Payload pages up to here stay resident when a burst is over, in bytes.
 const KEPT_LEN: usize = 64 << 10;
+/// A burst is over when nothing has come for so long.
+pub const BURST_OVER: Duration = Duration::from_secs(1);
 
 /// One mapping, cut into [`Memory`]s.
 struct Arena {
@@ -126,9 +129,14 @@ impl Memory {
         self.touched = self.touched.max(len.min(PAYLOAD_LEN));
     }
 
+    /// Whether a large request has left pages here.
+    pub fn has_burst_pages(&self) -> bool {
+        self.touched > KEPT_LEN
+    }
+
     /// Gives back the pages that a burst of large requests left. The payload's content is lost.
     pub fn release(&mut self) {
-        if self.touched <= KEPT_LEN {
+        if !self.has_burst_pages() {
             return;
         }
         let tail = &mut self.bytes_mut()[HEAD_LEN + KEPT_LEN..];

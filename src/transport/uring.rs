@@ -35,7 +35,7 @@ use super::doorbell::Doorbell;
 use super::entries::Entries;
 use super::pace::{Pin, Poller};
 use super::ring::Ring;
-use super::slot::{Home, Memory, Slot};
+use super::slot::{BURST_OVER, Home, Memory, Slot};
 use crate::backend::Backend;
 use crate::errno::Errno;
 use crate::export::Export;
@@ -180,14 +180,16 @@ impl<B: Backend> Loop<B> {
                 pin.batch(requests);
             } else if !poller.idle() && self.doorbell.may_sleep() {
                 self.stats.sleeps.add(1);
-                if self.server.in_flight() == 0 {
-                    entries.give_back_pages();
-                }
-                let entered = self.ring.enter(true);
+                // After large requests a first, short sleep; if nothing comes, their pages go.
+                let large = entries.has_burst_pages();
+                let entered =
+                    if large { self.ring.enter_for(BURST_OVER) } else { self.ring.enter(true) };
                 self.doorbell.awake();
                 entered?;
                 if reap() > 0 {
                     pin.batch(requests);
+                } else if large && self.server.in_flight() == 0 {
+                    entries.give_back_pages();
                 }
             }
         }
