@@ -46,7 +46,9 @@ impl Address {
         match self {
             Address::Unix(path) => {
                 let path = path.to_str().expect("UTF-8");
-                lines("/proc/net/unix").lines().any(|line| line.ends_with(path))
+                let listens = |line: &str| line.split_whitespace().nth(3) == Some("00010000");
+                let unix = lines("/proc/net/unix");
+                unix.lines().any(|line| line.ends_with(path) && listens(line))
             }
             Address::Tcp(host) => {
                 let address = u32::from_ne_bytes(host.octets());
