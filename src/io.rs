@@ -11,6 +11,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread;
 
 use async_io::Async;
 use smol::{LocalExecutor, Task};
@@ -21,6 +23,8 @@ use crate::{pool, sys};
 /// A serving thread's I/O. Not `Send`: it stays on its thread.
 pub struct Io {
     engine: Engine,
+    /// CPUs beside the one that this thread runs on.
+    other_cpus: usize,
     executor: Rc<LocalExecutor<'static>>,
 }
 
@@ -32,20 +36,38 @@ enum Engine {
     Reactor(OnceCell<Option<Rc<Ring>>>),
 }
 
-/// See [`Io::hop_len`].
-const RING_HOP_LEN: usize = 256 << 10;
+/// From this length on, in bytes, a copy takes longer than a hop to another thread.
+const HOP_LEN: usize = 256 << 10;
+/// Copies under way in the pool.
+static HOPS: AtomicUsize = AtomicUsize::new(0);
+
+/// One copy's leave to go to the pool.
+#[must_use]
+pub struct Hop;
+
+impl Drop for Hop {
+    fn drop(&mut self) {
+        HOPS.fetch_sub(1, Relaxed);
+    }
+}
+
 /// Room in a private ring between two submits, in entries.
 const PRIVATE_ENTRIES: u32 = 128;
 
 impl Io {
     /// For a thread that sleeps in `ring`, and whose loop submits to and reaps it.
     pub fn in_ring(ring: Rc<Ring>, executor: Rc<LocalExecutor<'static>>) -> Rc<Io> {
-        Rc::new(Io { engine: Engine::Ring(ring), executor })
+        Io::new(Engine::Ring(ring), executor)
     }
 
     /// For a thread that sleeps in async-io's reactor, and calls [`Io::submit`] before it does.
     pub fn in_reactor(executor: Rc<LocalExecutor<'static>>) -> Rc<Io> {
-        Rc::new(Io { engine: Engine::Reactor(OnceCell::new()), executor })
+        Io::new(Engine::Reactor(OnceCell::new()), executor)
+    }
+
+    fn new(engine: Engine, executor: Rc<LocalExecutor<'static>>) -> Rc<Io> {
+        let other_cpus = thread::available_parallelism().map_or(0, |cpus| cpus.get() - 1);
+        Rc::new(Io { engine, other_cpus, executor })
     }
 
     fn ring(&self) -> Option<&Rc<Ring>> {
@@ -109,14 +131,18 @@ impl Io {
         }
     }
 
-    /// From this length on, in bytes, a copy is worth a hop to another thread. A ring's queue is served by
-    /// its one thread, so a large copy elsewhere lets other CPUs take part; the workers of /dev/fuse share
-    /// their queue, so they do anyway.
-    pub fn hop_len(&self) -> usize {
-        match &self.engine {
-            Engine::Ring(_) => RING_HOP_LEN,
-            Engine::Reactor(_) => usize::MAX,
+    /// Leave for a copy of so many bytes to go to the pool, so that large requests use every CPU: a ring's queue is
+    /// served by its one thread, and a copy elsewhere leaves it free for the next request's. None where it is as
+    /// well done on the spot: below [`HOP_LEN`], when as many copies are under way as there are other CPUs, and
+    /// for the workers of /dev/fuse, which share their queue and so take part anyway.
+    pub fn hop(&self, len: usize) -> Option<Hop> {
+        if len < HOP_LEN || !matches!(self.engine, Engine::Ring(_)) {
+            return None;
         }
+        let under_way = HOPS.fetch_add(1, Relaxed);
+        // It gives its place back when it is dropped, also here.
+        let hop = Hop;
+        (under_way < self.other_cpus).then_some(hop)
     }
 
     /// Runs `work`, which may block, on another thread.

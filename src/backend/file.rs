@@ -334,8 +334,10 @@ impl FileLane {
             let rest = &mut buf[done..];
             let at = offset + done as u64;
             let read = match self.backend.medium {
-                Medium::Memory if rest.len() < self.io.hop_len() => file.read_at(rest, at),
-                Medium::Memory => pool::read_at(file, rest, at).await,
+                Medium::Memory => match self.io.hop(rest.len()) {
+                    Some(_hop) => pool::read_at(file, rest, at).await,
+                    None => file.read_at(rest, at),
+                },
                 Medium::Cached if may_wait => self.io.read_at(file, rest, at).await,
                 Medium::Cached => sys::read_at_nowait(file, rest, at),
             };
@@ -358,8 +360,10 @@ impl FileLane {
             let rest = &data[done..];
             let at = offset + done as u64;
             let written = match self.backend.medium {
-                Medium::Memory if rest.len() < self.io.hop_len() => file.write_at(rest, at),
-                Medium::Memory => pool::write_at(file, rest, at).await,
+                Medium::Memory => match self.io.hop(rest.len()) {
+                    Some(_hop) => pool::write_at(file, rest, at).await,
+                    None => file.write_at(rest, at),
+                },
                 Medium::Cached if may_wait => self.io.write_at(file, rest, at).await,
                 Medium::Cached => sys::write_at_nowait(file, rest, at),
             };

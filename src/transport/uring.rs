@@ -43,6 +43,9 @@ use crate::fuse::abi::{InHeader, OutHeader, UringEntInOut, uring_header};
 use crate::io::Io;
 use crate::stats::ThreadStats;
 
+/// Answers of so many bytes, or to so many, are submitted at once.
+const LARGE: u32 = 64 << 10;
+
 /// What one queue's thread needs.
 pub struct Queue<B: Backend> {
     /// The connection's descriptor.
@@ -106,7 +109,7 @@ impl<B: Backend> Queue<B> {
                 return Err(e);
             }
         };
-        let home = Rc::new(Committer { entries: entries.clone() });
+        let home = Rc::new(Committer { ring: ring.clone(), entries: entries.clone() });
         let (sender, receiver) = channel::bounded(self.depth);
         let mut refused = None;
         entries.reap(|completed| match completed {
@@ -199,6 +202,7 @@ impl<B: Backend> Loop<B> {
 
 /// Where a queue's slots go back to.
 struct Committer {
+    ring: Rc<Ring>,
     entries: Rc<Entries>,
 }
 
@@ -208,12 +212,18 @@ impl Home for Committer {
             Ok(len) => (0, len as u32),
             Err(errno) => (errno.wire(), 0),
         };
+        let request: InHeader = memory.head_struct(uring_header::IN_OUT);
         let len = size_of::<OutHeader>() as u32 + payload_sz;
         memory.put_head_struct(uring_header::IN_OUT, &OutHeader { len, error, unique });
         let mut ring_ent: UringEntInOut = memory.head_struct(uring_header::RING_ENT);
         ring_ent.payload_sz = payload_sz;
         memory.put_head_struct(uring_header::RING_ENT, &ring_ent);
         self.entries.commit(memory, ring_ent.commit_id);
+        // A batch of large answers would leave the cache before the kernel copies them, and keep the client
+        // waiting for all of them: each goes out while it is hot. An error shows at the loop's own enter.
+        if payload_sz.max(request.len) >= LARGE {
+            let _ = self.ring.enter(false);
+        }
     }
 
     fn discard(&self, memory: Memory) {
