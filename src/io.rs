@@ -38,10 +38,12 @@ enum Engine {
 
 /// From this length on, in bytes, a copy takes longer than a hop to another thread.
 const HOP_LEN: usize = 256 << 10;
+/// Copies given to the pool for each CPU beside the queue's: one under way, one to go on with.
+const HOPS_FOR_EACH: usize = 2;
 /// Copies under way in the pool.
 static HOPS: AtomicUsize = AtomicUsize::new(0);
 
-/// One copy's leave to go to the pool.
+/// One copy's leave to go to the pool; dropped there when the copy is done.
 #[must_use]
 pub struct Hop;
 
@@ -118,7 +120,7 @@ impl Io {
     ) -> io::Result<usize> {
         match self.ring() {
             Some(ring) => ring.read_at(&**file, buf, offset).await,
-            None => pool::read_at(file, buf, offset).await,
+            None => pool::read_at(file, buf, offset, ()).await,
         }
     }
 
@@ -131,9 +133,9 @@ impl Io {
         }
     }
 
-    /// Leave for a copy of so many bytes to go to the pool, so that large requests use every CPU: a ring's queue is
+    /// Leave for a read of so many bytes from memory to go to the pool, so that large requests use every CPU: a ring's queue is
     /// served by its one thread, and a copy elsewhere leaves it free for the next request's. None where it is as
-    /// well done on the spot: below [`HOP_LEN`], when as many copies are under way as there are other CPUs, and
+    /// well done on the spot: below [`HOP_LEN`], when the other CPUs have enough of them, and
     /// for the workers of /dev/fuse, which share their queue and so take part anyway.
     pub fn hop(&self, len: usize) -> Option<Hop> {
         if len < HOP_LEN || !matches!(self.engine, Engine::Ring(_)) {
@@ -142,7 +144,7 @@ impl Io {
         let under_way = HOPS.fetch_add(1, Relaxed);
         // It gives its place back when it is dropped, also here.
         let hop = Hop;
-        (under_way < self.other_cpus).then_some(hop)
+        (under_way < self.other_cpus * HOPS_FOR_EACH).then_some(hop)
     }
 
     /// Runs `work`, which may block, on another thread.

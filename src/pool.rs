@@ -7,13 +7,23 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-/// Reads at `offset` on another thread. The future must be polled to its end.
-pub async fn read_at(file: &Arc<File>, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+/// Reads at `offset` on another thread, and drops `held` there when that is done. The future must be polled to its end.
+pub async fn read_at(
+    file: &Arc<File>,
+    buf: &mut [u8],
+    offset: u64,
+    held: impl Send + 'static,
+) -> io::Result<usize> {
     let (file, lent) = (file.clone(), Lent(buf.as_mut_ptr(), buf.len()));
     let in_flight = InFlight;
-    // SAFETY: `buf` stays borrowed until the closure has ended: this future holds the borrow, and aborts
-    // when it is dropped before. Nobody else uses the buffer meanwhile, since the borrow is exclusive.
-    let result = smol::unblock(move || file.read_at(unsafe { lent.as_mut() }, offset)).await;
+    let work = move || {
+        // SAFETY: `buf` stays borrowed until this closure has ended: the future holds the borrow, and aborts
+        // when it is dropped before. Nobody else uses the buffer meanwhile, since the borrow is exclusive.
+        let result = file.read_at(unsafe { lent.as_mut() }, offset);
+        drop(held);
+        result
+    };
+    let result = smol::unblock(work).await;
     std::mem::forget(in_flight);
     result
 }
@@ -22,8 +32,11 @@ pub async fn read_at(file: &Arc<File>, buf: &mut [u8], offset: u64) -> io::Resul
 pub async fn write_at(file: &Arc<File>, data: &[u8], offset: u64) -> io::Result<usize> {
     let (file, lent) = (file.clone(), Lent(data.as_ptr().cast_mut(), data.len()));
     let in_flight = InFlight;
-    // SAFETY: as in `read_at`; the data is only read.
-    let result = smol::unblock(move || file.write_at(unsafe { lent.as_ref() }, offset)).await;
+    let work = move || {
+        // SAFETY: as in `read_at`; the data is only read.
+        file.write_at(unsafe { lent.as_ref() }, offset)
+    };
+    let result = smol::unblock(work).await;
     std::mem::forget(in_flight);
     result
 }
@@ -71,7 +84,7 @@ mod tests {
         smol::block_on(async {
             assert_eq!(write_at(&file, b"pool", 10).await.unwrap(), 4);
             let mut buf = [0; 8];
-            assert_eq!(read_at(&file, &mut buf, 8).await.unwrap(), 6);
+            assert_eq!(read_at(&file, &mut buf, 8, ()).await.unwrap(), 6);
             assert_eq!(&buf[..6], b"\0\0pool");
         });
     }

@@ -335,7 +335,7 @@ impl FileLane {
             let at = offset + done as u64;
             let read = match self.backend.medium {
                 Medium::Memory => match self.io.hop(rest.len()) {
-                    Some(_hop) => pool::read_at(file, rest, at).await,
+                    Some(hop) => pool::read_at(file, rest, at, hop).await,
                     None => file.read_at(rest, at),
                 },
                 Medium::Cached if may_wait => self.io.read_at(file, rest, at).await,
@@ -360,10 +360,8 @@ impl FileLane {
             let rest = &data[done..];
             let at = offset + done as u64;
             let written = match self.backend.medium {
-                Medium::Memory => match self.io.hop(rest.len()) {
-                    Some(_hop) => pool::write_at(file, rest, at).await,
-                    None => file.write_at(rest, at),
-                },
+                // The kernel has just put the data into this CPU's cache: a hop would lose that.
+                Medium::Memory => file.write_at(rest, at),
                 Medium::Cached if may_wait => self.io.write_at(file, rest, at).await,
                 Medium::Cached => sys::write_at_nowait(file, rest, at),
             };

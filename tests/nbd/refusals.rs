@@ -33,11 +33,14 @@ pub fn assert_refused<S: AsRef<std::ffi::OsStr>>(words: &[S], status: i32, says:
     assert_eq!(sandbox.names(), [""; 0], "what it made is left");
 }
 
+/// A URI, and what has to live as long as it is used.
+type Made = (String, Option<Box<dyn Send>>);
+
 /// A source that is refused.
 struct Refusal {
     name: &'static str,
-    /// Makes it; its URI, and what has to live as long.
-    make: fn(&Sandbox) -> (String, Option<Box<dyn Send>>),
+    /// Makes it.
+    make: fn(&Sandbox) -> Made,
     options: &'static [&'static str],
     needs: &'static [Ability],
     status: i32,
