@@ -13,6 +13,8 @@ use crate::backend::nbd::Uri;
 /// for TLS), the path of a disk image or a block device, or mem:SIZE for a sparse disk in memory. MOUNTPOINT is a
 /// regular file; it is created if it is missing, and removed again at the end.
 #[derive(FromArgs, Debug)]
+// The text is for --help.
+#[allow(rustdoc::broken_intra_doc_links)]
 #[argh(
     name = "diskfuse",
     example = "Show another host's disk:\n  {command_name} nbd://storage/vm1 ./vm1.img\n\nServe an image while a command runs:\n  {command_name} --run 'e2fsck -f \"$DISKFUSE_FILE\"' disk.img",

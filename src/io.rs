@@ -135,7 +135,7 @@ impl Io {
 
     /// Leave for a read of so many bytes from memory to go to the pool, so that large requests use every CPU: a ring's queue is
     /// served by its one thread, and a copy elsewhere leaves it free for the next request's. None where it is as
-    /// well done on the spot: below [`HOP_LEN`], when the other CPUs have enough of them, and
+    /// well done on the spot: below `HOP_LEN`, when the other CPUs have enough of them, and
     /// for the workers of /dev/fuse, which share their queue and so take part anyway.
     pub fn hop(&self, len: usize) -> Option<Hop> {
         if len < HOP_LEN || !matches!(self.engine, Engine::Ring(_)) {

@@ -4,7 +4,7 @@
 //! of them. A request reaches the handler as a `Slot`; answering consumes it, so that a second answer does
 //! not compile, and one that is dropped unanswered answers EIO and logs.
 //!
-//! Memory comes from an [`Arena`]: one mapping per serving thread, made at start, cut into pieces of
+//! Memory comes from an `Arena`: one mapping per serving thread, made at start, cut into pieces of
 //! a head and a payload. Its pages become resident when they are first used. The payload is page-aligned,
 //! so that a backend's direct I/O can use it, and data is never moved:
 //!
