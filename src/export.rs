@@ -39,6 +39,7 @@ pub struct Export<B> {
     /// a cache line which hardly ever changes.
     modified: AtomicBool,
     flush_failed: AtomicBool,
+    closed: Arc<AtomicBool>,
 }
 
 /// What the export itself keeps of a file's attributes.
@@ -64,8 +65,13 @@ const OTHERS_BITS: u32 = 0o077;
 const SPECIAL_BITS: u32 = 0o7000;
 
 impl<B: Backend> Export<B> {
-    /// An export of `backend`; its times are the source's to begin with.
-    pub fn new(backend: Arc<B>, policy: Policy) -> std::io::Result<Export<B>> {
+    /// An export of `backend`; its times are the source's to begin with. Once `closed` is set, whoever still has
+    /// the file gets EIO: the last flush must come to an end even if the connection does not.
+    pub fn new(
+        backend: Arc<B>,
+        policy: Policy,
+        closed: Arc<AtomicBool>,
+    ) -> std::io::Result<Export<B>> {
         let capabilities = backend.capabilities();
         let policy = Policy {
             writable: policy.writable && !capabilities.read_only,
@@ -88,6 +94,7 @@ impl<B: Backend> Export<B> {
             attributes: Mutex::new(attributes),
             modified: AtomicBool::new(false),
             flush_failed: AtomicBool::new(false),
+            closed,
         })
     }
 
@@ -110,6 +117,9 @@ impl<B: Backend> Export<B> {
     /// Carries out `op`. A WRITE's data is at the front of `payload`; a READ's goes there.
     pub async fn handle(&self, lane: &B::Lane, op: Op, payload: &mut [u8]) -> Result<Reply, Errno> {
         match op {
+            Op::Release | Op::Destroy => Ok(Reply::Done),
+            Op::Unanswered => Ok(Reply::Unanswered),
+            _ if self.closed.load(Ordering::Relaxed) => Err(Errno::EIO),
             Op::Read { offset, size } => {
                 self.read(lane, offset, &mut payload[..size as usize]).await
             }
@@ -123,8 +133,6 @@ impl<B: Backend> Export<B> {
             Op::Fallocate { offset, len, mode } => self.fallocate(lane, offset, len, mode).await,
             Op::Lseek { offset, whence } => self.lseek(lane, offset, whence).await,
             Op::Statfs => Ok(Reply::Statfs(self.statfs())),
-            Op::Release | Op::Destroy => Ok(Reply::Done),
-            Op::Unanswered => Ok(Reply::Unanswered),
         }
     }
 

@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -168,7 +169,7 @@ fn serve<B: Backend>(
         uid: config.uid.unwrap_or(uid),
         gid: config.gid.unwrap_or(gid),
     };
-    let export = Export::new(backend, policy)
+    let export = Export::new(backend, policy, control.closed.clone())
         .map_err(|e| Failure::Source(format!("{}: {e}", config.source)))?;
     let export = Arc::new(export);
     let stats = Stats::default();
@@ -258,6 +259,8 @@ struct Control {
     /// The command of `--run`.
     command: Option<Child>,
     stop: Option<Stop>,
+    /// The file was taken away: the export answers nobody any more.
+    closed: Arc<AtomicBool>,
 }
 
 impl Control {
@@ -268,7 +271,14 @@ impl Control {
         let poller = Arc::new(Poller::new()?);
         // Deleted in `Drop`, before it is closed.
         sys::watch(&poller, &signals, Event::readable(0))?;
-        Ok(Control { poller, signals, events: Events::new(), command: None, stop: None })
+        Ok(Control {
+            poller,
+            signals,
+            events: Events::new(),
+            command: None,
+            stop: None,
+            closed: Arc::default(),
+        })
     }
 
     /// Waits for a signal, a notification or the time-out; the signal to stop, if there was one.
@@ -335,7 +345,7 @@ impl Control {
     }
 
     fn stop_at_once(&mut self) {
-        self.stop = Some(Stop { force_at: Instant::now(), ..Stop::now() });
+        self.stop = Some(Stop { force_at: Instant::now(), ..Stop::now(&self.closed) });
     }
 
     /// Watches over a session until it has ended and its mount is gone, and the command of `--run` has
@@ -347,12 +357,12 @@ impl Control {
         loop {
             if let Some(ended) = self.command_status() {
                 status = ended;
-                self.stop.get_or_insert_with(Stop::now);
+                self.stop.get_or_insert_with(|| Stop::now(&self.closed));
             }
             if session.reap_failed() {
                 failed = true;
                 if let Some(mount) = &mount {
-                    self.stop.get_or_insert_with(Stop::now).force(mount);
+                    self.stop.get_or_insert_with(|| Stop::now(&self.closed)).force(mount);
                 }
             }
             if session.has_ended() {
@@ -396,7 +406,7 @@ impl Control {
             // A service manager, or timeout(1), signals a whole group: the same wish may come twice.
             (Some(stop), _) if stop.began.elapsed() < SAME_WISH => {}
             (Some(stop), Some(mount)) => stop.force(mount),
-            (stop, _) => drop(stop.get_or_insert_with(Stop::now)),
+            (stop, _) => _ = stop.get_or_insert_with(|| Stop::now(&self.closed)),
         }
     }
 
@@ -433,12 +443,19 @@ struct Stop {
     force_at: Instant,
     forced_at: Option<Instant>,
     reported: bool,
+    closed: Arc<AtomicBool>,
 }
 
 impl Stop {
-    fn now() -> Stop {
+    fn now(closed: &Arc<AtomicBool>) -> Stop {
         let now = Instant::now();
-        Stop { began: now, force_at: now + GRACE, forced_at: None, reported: false }
+        Stop {
+            began: now,
+            force_at: now + GRACE,
+            forced_at: None,
+            reported: false,
+            closed: closed.clone(),
+        }
     }
 
     fn go_on(&mut self, mount: &Mount) {
@@ -477,6 +494,8 @@ impl Stop {
         if let Err(e) = mount.force_unmount() {
             log::error!("{}: cannot be unmounted: {e}", mount.path().display());
         }
+        // For an ordinary user the connection goes on until the last close; its requests do not.
+        self.closed.store(true, Ordering::Release);
     }
 
     fn is_over(&self) -> bool {
