@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use crate::sys::CpuSet;
 
-/// How long a poll lasts at most: about twice what a wake-up costs.
-const POLL: Duration = Duration::from_micros(50);
+/// How long a poll lasts at most: it must outlast the client's own wake-up and its next submission, or it meets
+/// nobody and unlearns itself.
+const POLL: Duration = Duration::from_micros(100);
 /// Score limits: a poll that meets a request adds one, one in vain takes two away.
 const BEST: i32 = 16;
 const WORST: i32 = -8;
