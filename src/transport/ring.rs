@@ -12,7 +12,7 @@
 
 #![allow(unsafe_code)]
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -37,8 +37,6 @@ pub struct Ring {
     /// Entered by this thread only.
     uring: RefCell<IoUring<Entry128, cqueue::Entry>>,
     operations: RefCell<Slab<Progress>>,
-    /// Entries pushed since the last submit.
-    unsubmitted: Cell<u32>,
 }
 
 /// How far an [`Operation`] has come.
@@ -62,11 +60,7 @@ impl Ring {
             .setup_submit_all()
             .setup_cqsize(entries.next_power_of_two() * 4)
             .build(entries.next_power_of_two())?;
-        let ring = Ring {
-            uring: RefCell::new(uring),
-            operations: RefCell::new(Slab::new()),
-            unsubmitted: Cell::new(0),
-        };
+        let ring = Ring { uring: RefCell::new(uring), operations: RefCell::new(Slab::new()) };
         ring.probe()?;
         Ok(Rc::new(ring))
     }
@@ -92,7 +86,7 @@ impl Ring {
 
     /// Whether entries were pushed that the kernel has not seen.
     pub fn has_unsubmitted(&self) -> bool {
-        self.unsubmitted.get() > 0
+        self.queued(&self.uring.borrow()) > 0
     }
 
     /// Whether an enter would complete something now: the kernel sets a flag in the shared ring
@@ -118,7 +112,6 @@ impl Ring {
     /// completion. `EINTR` is no error: the caller's loop comes round again.
     pub fn enter(&self, wait: bool) -> io::Result<()> {
         let uring = self.uring.borrow();
-        self.unsubmitted.set(0);
         // SAFETY: no argument is passed, and the entries in the queue were checked when they were pushed.
         let entered = unsafe {
             const IORING_ENTER_GETEVENTS: u32 = 1;
@@ -130,26 +123,14 @@ impl Ring {
                 None,
             )
         };
-        match entered {
-            Ok(_) => Ok(()),
-            // EBUSY: completions must be reaped first, which the caller does next.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EBUSY)) => Ok(()),
-            Err(e) => Err(e),
-        }
+        settle(entered)
     }
 
     /// As [`Ring::enter`] with `wait`, but sleeps no longer than `timeout`.
     pub fn enter_for(&self, timeout: Duration) -> io::Result<()> {
         let uring = self.uring.borrow();
-        self.unsubmitted.set(0);
         let timeout = Timespec::from(timeout);
-        match uring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timeout)) {
-            Ok(_) => Ok(()),
-            Err(e) => match e.raw_os_error() {
-                Some(libc::ETIME | libc::EINTR | libc::EBUSY) => Ok(()),
-                _ => Err(e),
-            },
-        }
+        settle(uring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timeout)))
     }
 
     fn queued(&self, uring: &IoUring<Entry128, cqueue::Entry>) -> u32 {
@@ -272,7 +253,6 @@ impl Ring {
         loop {
             // SAFETY: the caller's promise.
             if unsafe { self.uring.borrow_mut().submission().push(&entry) }.is_ok() {
-                self.unsubmitted.set(self.unsubmitted.get() + 1);
                 return;
             }
             // The submission queue is full: one enter empties it, since SUBMIT_ALL does not stop at errors.
@@ -337,6 +317,18 @@ impl Drop for Operation<'_> {
         } else {
             operations[key] = Progress::Abandoned;
         }
+    }
+}
+
+/// What an enter says that is no failure: the caller's loop comes round again. EBUSY: completions must be
+/// reaped first, which it does next. ETIME: the sleep is over.
+fn settle(entered: io::Result<usize>) -> io::Result<()> {
+    match entered {
+        Ok(_) => Ok(()),
+        Err(e) => match e.raw_os_error() {
+            Some(libc::EINTR | libc::EBUSY | libc::ETIME) => Ok(()),
+            _ => Err(e),
+        },
     }
 }
 
