@@ -516,9 +516,15 @@ fn calls_of_reads(uri: &str, length: usize, depth: u64, reads: u64) -> (f64, f64
 #[test]
 fn one_read_costs_one_send_and_one_receive_and_many_share_them() {
     let Some(server) = nbdkit_tcp(&["memory", "64M"]) else { return };
-    for (length, depth, reads) in
-        [(4096, 1, 2000), (4096, 64, 20_000), (131_072, 1, 500), (131_072, 16, 2000)]
-    {
+    // With as many reads as there are at a time all are asked for at once; later ones follow the answers, and how
+    // many share a call depends on the server's pace.
+    for (length, depth, reads) in [
+        (4096, 1, 2000),
+        (4096, 64, 64),
+        (4096, 64, 20_000),
+        (131_072, 1, 500),
+        (131_072, 16, 2000),
+    ] {
         let (sends, receives, elapsed) = calls_of_reads(&server.uri(""), length, depth, reads);
         println!(
             "{length} bytes at depth {depth}: {sends:.3} sends, {receives:.3} receives each, \
@@ -526,8 +532,8 @@ fn one_read_costs_one_send_and_one_receive_and_many_share_them() {
             reads as f64 / elapsed.as_secs_f64()
         );
         if length == 4096 {
-            let most = if depth == 1 { 1.0 } else { 0.5 };
-            assert!(sends <= most && receives <= most, "{sends} sends, {receives} receives");
+            let most = if reads == depth { 0.1 } else { 1.0 };
+            assert!(sends <= most && receives <= 1.0, "{sends} sends, {receives} receives");
         }
     }
 }
