@@ -11,8 +11,6 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::thread;
 
 use async_io::Async;
 use smol::{LocalExecutor, Task};
@@ -23,8 +21,6 @@ use crate::{pool, sys};
 /// A serving thread's I/O. Not `Send`: it stays on its thread.
 pub struct Io {
     engine: Engine,
-    /// CPUs beside the one that this thread runs on.
-    other_cpus: usize,
     executor: Rc<LocalExecutor<'static>>,
 }
 
@@ -34,23 +30,6 @@ enum Engine {
     /// The thread sleeps in async-io's reactor. A private ring is made when it is first needed, and a task
     /// reaps it; none where io_uring cannot be used.
     Reactor(OnceCell<Option<Rc<Ring>>>),
-}
-
-/// From this length on, in bytes, a copy takes longer than a hop to another thread.
-const HOP_LEN: usize = 256 << 10;
-/// Copies given to the pool for each CPU beside the queue's: one under way, one to go on with.
-const HOPS_FOR_EACH: usize = 2;
-/// Copies under way in the pool.
-static HOPS: AtomicUsize = AtomicUsize::new(0);
-
-/// One copy's leave to go to the pool; dropped there when the copy is done.
-#[must_use]
-pub struct Hop;
-
-impl Drop for Hop {
-    fn drop(&mut self) {
-        HOPS.fetch_sub(1, Relaxed);
-    }
 }
 
 /// Room in a private ring between two submits, in entries.
@@ -68,8 +47,7 @@ impl Io {
     }
 
     fn new(engine: Engine, executor: Rc<LocalExecutor<'static>>) -> Rc<Io> {
-        let other_cpus = thread::available_parallelism().map_or(0, |cpus| cpus.get() - 1);
-        Rc::new(Io { engine, other_cpus, executor })
+        Rc::new(Io { engine, executor })
     }
 
     fn ring(&self) -> Option<&Rc<Ring>> {
@@ -120,7 +98,7 @@ impl Io {
     ) -> io::Result<usize> {
         match self.ring() {
             Some(ring) => ring.read_at(&**file, buf, offset).await,
-            None => pool::read_at(file, buf, offset, ()).await,
+            None => pool::read_at(file, buf, offset).await,
         }
     }
 
@@ -133,26 +111,12 @@ impl Io {
         }
     }
 
-    /// Leave for a read of so many bytes from memory to go to the pool, so that large requests use every CPU: a ring's queue is
-    /// served by its one thread, and a copy elsewhere leaves it free for the next request's. None where it is as
-    /// well done on the spot: below `HOP_LEN`, when the other CPUs have enough of them, and
-    /// for the workers of /dev/fuse, which share their queue and so take part anyway.
-    pub fn hop(&self, len: usize) -> Option<Hop> {
-        if len < HOP_LEN || !matches!(self.engine, Engine::Ring(_)) {
-            return None;
-        }
-        let under_way = HOPS.fetch_add(1, Relaxed);
-        // It gives its place back when it is dropped, also here.
-        let hop = Hop;
-        (under_way < self.other_cpus * HOPS_FOR_EACH).then_some(hop)
-    }
-
     /// Runs `work`, which may block, on another thread.
     pub async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
-        smol::unblock(work).await
+        pool::run(work).await
     }
 
     /// Runs a future on this thread beside the handlers. Dropping the task cancels it.

@@ -16,8 +16,8 @@
 //!       backend::file    backend::nbd
 //! ```
 //!
-//! Data flows one way: kernel → slot → request → export → backend → reply → kernel. A request stays on the
-//! thread that received it. The control thread ([`run`]) mounts, waits for a signal or the end of the
+//! Data flows one way: kernel → slot → request → export → backend → reply → kernel. A small request
+//! stays on the thread of its queue; large ones are shared out between the queues' threads. The control thread ([`run`]) mounts, waits for a signal or the end of the
 //! connection, and unmounts; it never touches data.
 //!
 //! Modules that may use `unsafe`, and for what:

@@ -1,4 +1,4 @@
-//! Blocking reads and writes on the pool of blocking threads, into and from a borrowed buffer.
+//! The pool of blocking threads, and reads and writes there into and from a borrowed buffer.
 
 #![allow(unsafe_code)]
 
@@ -7,23 +7,28 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-/// Reads at `offset` on another thread, and drops `held` there when that is done. The future must be polled to its end.
-pub async fn read_at(
-    file: &Arc<File>,
-    buf: &mut [u8],
-    offset: u64,
-    held: impl Send + 'static,
-) -> io::Result<usize> {
+use crate::transport::pace;
+
+/// Runs `work`, which may block, on another thread.
+pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    smol::unblock(|| {
+        // The pool's threads are started by those that use it, and are where these are pinned.
+        pace::unpin();
+        work()
+    })
+    .await
+}
+
+/// Reads at `offset` on another thread. The future must be polled to its end.
+pub async fn read_at(file: &Arc<File>, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     let (file, lent) = (file.clone(), Lent(buf.as_mut_ptr(), buf.len()));
     let in_flight = InFlight;
     let work = move || {
         // SAFETY: `buf` stays borrowed until this closure has ended: the future holds the borrow, and aborts
         // when it is dropped before. Nobody else uses the buffer meanwhile, since the borrow is exclusive.
-        let result = file.read_at(unsafe { lent.as_mut() }, offset);
-        drop(held);
-        result
+        file.read_at(unsafe { lent.as_mut() }, offset)
     };
-    let result = smol::unblock(work).await;
+    let result = run(work).await;
     std::mem::forget(in_flight);
     result
 }
@@ -36,7 +41,7 @@ pub async fn write_at(file: &Arc<File>, data: &[u8], offset: u64) -> io::Result<
         // SAFETY: as in `read_at`; the data is only read.
         file.write_at(unsafe { lent.as_ref() }, offset)
     };
-    let result = smol::unblock(work).await;
+    let result = run(work).await;
     std::mem::forget(in_flight);
     result
 }
@@ -84,7 +89,7 @@ mod tests {
         smol::block_on(async {
             assert_eq!(write_at(&file, b"pool", 10).await.unwrap(), 4);
             let mut buf = [0; 8];
-            assert_eq!(read_at(&file, &mut buf, 8, ()).await.unwrap(), 6);
+            assert_eq!(read_at(&file, &mut buf, 8).await.unwrap(), 6);
             assert_eq!(&buf[..6], b"\0\0pool");
         });
     }

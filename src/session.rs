@@ -16,6 +16,7 @@ use crate::fuse::abi::{self, InHeader, InitIn, InitOut, OutHeader, Plain, init, 
 use crate::stats::{Stats, Transport};
 use crate::sys;
 use crate::transport::legacy::{Baton, Worker};
+use crate::transport::peers::Peers;
 use crate::transport::slot::PAYLOAD_LEN;
 use crate::transport::uring::{Progress, Queue};
 
@@ -40,8 +41,8 @@ const WANTED: u64 = init::ASYNC_READ
 
 /// Entries of each ring queue, unless the user says otherwise: between these, and all queues together as
 /// many as [`RING_REQUESTS`]. The kernel's queue is that of the submitter's CPU and spills to no other, so a
-/// queue needs what one client keeps in flight; each entry maps 1 MiB, of which pages become resident
-/// when they are used.
+/// queue needs what one client keeps in flight. A queue has few of them until it runs dry; each maps 1 MiB, of
+/// which pages become resident when they are used.
 const RING_DEPTHS: (usize, usize) = (16, 128);
 /// See [`RING_DEPTHS`].
 const RING_REQUESTS: usize = 1024;
@@ -149,13 +150,16 @@ impl Session {
         let device = device.try_clone().map(Arc::new).map_err(|e| e.to_string())?;
         let (report, progress) = mpsc::channel();
         let mut proceed = Vec::new();
-        for qid in 0..queues {
+        let (peers, requests) = Peers::new(queues, depth);
+        for (qid, requests) in requests.into_iter().enumerate() {
             let (sender, receiver) = mpsc::channel();
             proceed.push(sender);
             let queue = Queue {
                 device: device.clone(),
                 qid: u16::try_from(qid).map_err(|_| "more than 65536 CPUs".to_owned())?,
                 depth,
+                peers: peers.clone(),
+                requests,
                 export: export.clone(),
                 stats: stats.thread(Transport::Uring),
             };

@@ -42,6 +42,8 @@ pub struct ThreadStats {
     pub errors: Counter,
     /// Requests that had to wait for the backend, and so became a task of their own
     pub waited: Counter,
+    /// Requests handed over to another thread
+    pub handed_over: Counter,
     /// Times the thread went to sleep
     pub sleeps: Counter,
 }
@@ -85,7 +87,7 @@ impl Stats {
             threads.iter().filter(|(t, _)| *t == transport).map(|(_, s)| counter(s).get()).sum()
         };
         format!(
-            "{transport}: {} reads ({} bytes), {} writes ({} bytes), {} others, {} errors, {} waited, {} sleeps",
+            "{transport}: {} reads ({} bytes), {} writes ({} bytes), {} others, {} errors, {} waited, {} handed over, {} sleeps",
             sum(|s| &s.reads),
             sum(|s| &s.read_bytes),
             sum(|s| &s.writes),
@@ -93,6 +95,7 @@ impl Stats {
             sum(|s| &s.others),
             sum(|s| &s.errors),
             sum(|s| &s.waited),
+            sum(|s| &s.handed_over),
             sum(|s| &s.sleeps),
         )
     }

@@ -22,7 +22,7 @@ use super::range_lock::RangeLock;
 use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
 use crate::info::LocalInfo;
 use crate::io::Io;
-use crate::{pool, sys};
+use crate::sys;
 
 /// Zeroes are written in pieces of this length, in bytes.
 const ZEROES_LEN: usize = 256 << 10;
@@ -334,10 +334,7 @@ impl FileLane {
             let rest = &mut buf[done..];
             let at = offset + done as u64;
             let read = match self.backend.medium {
-                Medium::Memory => match self.io.hop(rest.len()) {
-                    Some(hop) => pool::read_at(file, rest, at, hop).await,
-                    None => file.read_at(rest, at),
-                },
+                Medium::Memory => file.read_at(rest, at),
                 Medium::Cached if may_wait => self.io.read_at(file, rest, at).await,
                 Medium::Cached => sys::read_at_nowait(file, rest, at),
             };
@@ -360,7 +357,6 @@ impl FileLane {
             let rest = &data[done..];
             let at = offset + done as u64;
             let written = match self.backend.medium {
-                // The kernel has just put the data into this CPU's cache: a hop would lose that.
                 Medium::Memory => file.write_at(rest, at),
                 Medium::Cached if may_wait => self.io.write_at(file, rest, at).await,
                 Medium::Cached => sys::write_at_nowait(file, rest, at),

@@ -84,7 +84,7 @@ impl<B: Backend> Worker<B> {
         let server = Server::new(self.export, lane, executor.clone(), self.stats.clone());
         let channel = Rc::new(Channel {
             device: Async::new_nonblocking(self.device)?,
-            free: RefCell::new(Memory::allocate(self.depth)?),
+            free: RefCell::new(Memory::allocate(0, self.depth)?),
             starved: RefCell::new(None),
         });
         let poller = Poller::new(self.polls);

@@ -20,6 +20,7 @@ pub mod doorbell;
 pub mod entries;
 pub mod legacy;
 pub mod pace;
+pub mod peers;
 pub mod ring;
 pub mod slot;
 pub mod uring;

@@ -5,6 +5,8 @@
 //! time of the poll; each [`Poller`] finds that out from its own history. It yields the CPU at each look, so
 //! that polling uses only time that nobody else wants.
 
+use std::cell::Cell;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use crate::sys::CpuSet;
@@ -69,12 +71,30 @@ impl Poller {
     }
 }
 
+/// Where this process may run; known before the first thread is pinned.
+static ANYWHERE: OnceLock<Option<CpuSet>> = OnceLock::new();
+
+fn anywhere() -> Option<&'static CpuSet> {
+    ANYWHERE.get_or_init(|| CpuSet::current().ok()).as_ref()
+}
+
+/// Lets this thread run anywhere, if the one that started it was pinned.
+pub fn unpin() {
+    thread_local!(static UNPINNED: Cell<bool> = const { Cell::new(false) });
+    if !UNPINNED.replace(true)
+        && let Some(anywhere) = ANYWHERE.get().and_then(Option::as_ref)
+        && let Err(e) = anywhere.apply()
+    {
+        log::debug!("sched_setaffinity: {e}");
+    }
+}
+
 /// Decides where a queue's thread runs: on its queue's CPU while it is woken for a request or two, since
 /// there the client's data is in the cache and no other CPU has to be woken; anywhere once batches grow, so
 /// that the client goes on submitting while they are served.
 pub struct Pin {
     home: CpuSet,
-    anywhere: Option<CpuSet>,
+    anywhere: Option<&'static CpuSet>,
     pinned: bool,
     /// A moving average of the requests of a wake-up, times 16.
     average: usize,
@@ -83,13 +103,13 @@ pub struct Pin {
 impl Pin {
     /// For the queue of `cpu`; never pins where this thread may not run there.
     pub fn new(cpu: usize) -> Pin {
-        let anywhere = CpuSet::current().ok().filter(|set| set.contains(cpu));
+        let anywhere = anywhere().filter(|set| set.contains(cpu));
         Pin { home: CpuSet::only(cpu), anywhere, pinned: false, average: 16 }
     }
 
     /// So many requests came at once.
     pub fn batch(&mut self, requests: usize) {
-        let Some(anywhere) = &self.anywhere else { return };
+        let Some(anywhere) = self.anywhere else { return };
         self.average = (self.average * 15 + requests * 16) / 16;
         // Two thresholds, or it would move for ever between them.
         let pin =

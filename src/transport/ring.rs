@@ -256,8 +256,7 @@ impl Ring {
                 return;
             }
             // The submission queue is full: one enter empties it, since SUBMIT_ALL does not stop at errors.
-            // Only EBUSY (completions not reaped) could refuse it, and the completion queue is larger than
-            // everything that can be in flight.
+            // Completions for which there is no room wait in the kernel.
             if let Err(e) = self.enter(false) {
                 log::error!("io_uring_enter: {e}");
             }

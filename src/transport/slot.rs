@@ -20,6 +20,7 @@
 use std::io;
 use std::ptr::NonNull;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::errno::Errno;
@@ -41,6 +42,11 @@ struct Arena {
     base: NonNull<u8>,
     len: usize,
 }
+
+// SAFETY: an arena is an address and a length, and gives no access to what is there but by its `Memory`s.
+unsafe impl Send for Arena {}
+// SAFETY: as above.
+unsafe impl Sync for Arena {}
 
 impl Arena {
     fn new(count: usize) -> io::Result<Arena> {
@@ -78,29 +84,32 @@ impl Drop for Arena {
 /// The memory of one slot: the only owner of its piece of the arena.
 pub struct Memory {
     head: NonNull<u8>,
-    index: usize,
+    queue: u16,
     /// How much of the payload may be resident, in bytes.
     touched: usize,
     /// Keeps the mapping.
-    _arena: Rc<Arena>,
+    _arena: Arc<Arena>,
 }
 
+// SAFETY: it is the only owner of plain bytes.
+unsafe impl Send for Memory {}
+
 impl Memory {
-    /// Makes `count` of them. Fails with `ENOMEM` when address space runs out.
-    pub fn allocate(count: usize) -> io::Result<Vec<Memory>> {
-        let arena = Rc::new(Arena::new(count)?);
+    /// Makes `count` of them for a queue. Fails with `ENOMEM` when address space runs out.
+    pub fn allocate(queue: u16, count: usize) -> io::Result<Vec<Memory>> {
+        let arena = Arc::new(Arena::new(count)?);
         Ok((0..count)
             .map(|i| {
                 // SAFETY: the arena is `count` strides long, and each stride goes to one `Memory`.
                 let head = unsafe { arena.base.add(i * STRIDE) };
-                Memory { head, index: i, touched: 0, _arena: arena.clone() }
+                Memory { head, queue, touched: 0, _arena: arena.clone() }
             })
             .collect())
     }
 
-    /// Which of those allocated together it is, from 0.
-    pub fn index(&self) -> usize {
-        self.index
+    /// The kernel's queue that it belongs to.
+    pub fn queue(&self) -> u16 {
+        self.queue
     }
 
     /// Head and payload together.
@@ -264,7 +273,7 @@ mod tests {
     }
 
     fn slot(home: &Rc<Recorder>) -> Slot {
-        let memory = Memory::allocate(1).unwrap().pop().unwrap();
+        let memory = Memory::allocate(0, 1).unwrap().pop().unwrap();
         let header = InHeader { unique: 42, ..Default::default() };
         Slot::new(memory, header, (0, 0), home.clone())
     }
@@ -294,7 +303,7 @@ mod tests {
 
     #[test]
     fn memories_do_not_overlap_and_payloads_are_page_aligned() {
-        let mut all = Memory::allocate(3).unwrap();
+        let mut all = Memory::allocate(0, 3).unwrap();
         for (i, m) in all.iter_mut().enumerate() {
             m.bytes_mut().fill(i as u8 + 1);
         }
@@ -306,7 +315,7 @@ mod tests {
 
     #[test]
     fn memory_outlives_its_siblings() {
-        let mut all = Memory::allocate(2).unwrap();
+        let mut all = Memory::allocate(0, 2).unwrap();
         let mut last = all.pop().unwrap();
         drop(all);
         last.bytes_mut()[0] = 1;
@@ -314,7 +323,7 @@ mod tests {
 
     #[test]
     fn release_keeps_the_front_and_zeroes_the_rest() {
-        let mut memory = Memory::allocate(1).unwrap().pop().unwrap();
+        let mut memory = Memory::allocate(0, 1).unwrap().pop().unwrap();
         memory.bytes_mut().fill(9);
         memory.touch(PAYLOAD_LEN);
         memory.release();

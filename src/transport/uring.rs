@@ -11,8 +11,8 @@
 //!              └──────────────────────────────────────────────────────────-─┘
 //! ```
 //!
-//! The channel's bound is the number of entries, so a send never fails for want of room: each entry is in the
-//! kernel, in the channel or with a handler.
+//! Large requests are shared with other queues' threads, see [`super::peers`]: then an entry moves to another
+//! thread's channel, and is committed on that thread's ring.
 //!
 //! At the end of the connection every entry completes with an error once (`-ENOTCONN`; for one that was with
 //! us, its commit does). The thread goes on until all of them have, so no memory is freed that the kernel
@@ -28,12 +28,13 @@ use std::sync::mpsc;
 use std::task::{Context, Waker};
 
 use smol::LocalExecutor;
-use smol::channel::{self, Receiver, Sender};
+use smol::channel::Receiver;
 
 use super::Server;
 use super::doorbell::Doorbell;
 use super::entries::Entries;
 use super::pace::{Pin, Poller};
+use super::peers::{self, Peers};
 use super::ring::Ring;
 use super::slot::{BURST_OVER, Home, Memory, Slot};
 use crate::backend::Backend;
@@ -43,8 +44,8 @@ use crate::fuse::abi::{InHeader, OutHeader, UringEntInOut, uring_header};
 use crate::io::Io;
 use crate::stats::ThreadStats;
 
-/// Answers of so many bytes, or to so many, are submitted at once.
-const LARGE: u32 = 64 << 10;
+/// Entries of a queue to begin with. It gets more when it runs dry.
+const FIRST_ENTRIES: usize = 4;
 
 /// What one queue's thread needs.
 pub struct Queue<B: Backend> {
@@ -52,8 +53,12 @@ pub struct Queue<B: Backend> {
     pub device: Arc<OwnedFd>,
     /// The kernel's queue: the number of its CPU.
     pub qid: u16,
-    /// How many entries it has: the most requests in flight.
+    /// How many entries it may have: the most requests in flight.
     pub depth: usize,
+    /// All queues' threads.
+    pub peers: Arc<Peers>,
+    /// The requests that are for this one.
+    pub requests: Receiver<Memory>,
     /// What it serves.
     pub export: Arc<Export<B>>,
     /// Its counters.
@@ -84,7 +89,8 @@ impl<B: Backend> Queue<B> {
     ) -> io::Result<()> {
         // A session that has gone away does not listen; `proceed` says the same.
         let report = |p| drop(progress.send(p));
-        let set_up = || Ok((Ring::new(self.depth as u32)?, Memory::allocate(self.depth)?));
+        let first = self.depth.min(FIRST_ENTRIES);
+        let set_up = || Ok((Ring::new(self.depth as u32)?, Memory::allocate(self.qid, first)?));
         let (ring, memory) = match set_up() {
             Ok(done) => done,
             Err(e) => {
@@ -102,18 +108,15 @@ impl<B: Backend> Queue<B> {
             return Ok(());
         }
 
-        let entries = match Entries::register(ring.clone(), self.device, self.qid, memory) {
-            Ok(entries) => entries,
-            Err(e) => {
-                report(Progress::Refused(io::Error::new(e.kind(), e.to_string())));
-                return Err(e);
-            }
-        };
-        let home = Rc::new(Committer { ring: ring.clone(), entries: entries.clone() });
-        let (sender, receiver) = channel::bounded(self.depth);
+        let entries = Rc::new(Entries::new(ring.clone(), self.device));
+        if let Err(e) = entries.register(memory) {
+            report(Progress::Refused(io::Error::new(e.kind(), e.to_string())));
+            return Err(e);
+        }
+        let here = usize::from(self.qid);
         let mut refused = None;
         entries.reap(|completed| match completed {
-            Ok(memory) => send(&sender, slot(memory, &home)),
+            Ok(memory) => drop(self.peers.route(here, memory)),
             Err(e) => refused = Some(e),
         });
         report(match refused {
@@ -122,81 +125,131 @@ impl<B: Backend> Queue<B> {
         });
 
         executor.spawn(doorbell.clone().answer(ring.clone())).detach();
-        let handlers = executor.run(serve(server.clone(), receiver));
-        Loop { ring, home, server, sender, doorbell, stats: self.stats, qid: self.qid }
-            .run(handlers)
+        let home = Committer {
+            ring: ring.clone(),
+            entries: entries.clone(),
+            peers: self.peers.clone(),
+            here,
+        };
+        let handlers = executor.run(serve(server.clone(), self.requests, Rc::new(home)));
+        Loop {
+            ring,
+            entries,
+            registered: first,
+            depth: self.depth,
+            server,
+            peers: self.peers,
+            here,
+            doorbell,
+            stats: self.stats,
+        }
+        .run(handlers)
     }
 }
 
 /// The handlers' end of the channel.
-async fn serve<B: Backend>(server: Rc<Server<B>>, requests: Receiver<Slot>) {
-    while let Ok(slot) = requests.recv().await {
-        server.serve(slot).await;
+async fn serve<B: Backend>(server: Rc<Server<B>>, requests: Receiver<Memory>, home: Rc<Committer>) {
+    while let Ok(memory) = requests.recv().await {
+        let header: InHeader = memory.head_struct(uring_header::IN_OUT);
+        let args = (uring_header::OP_IN, uring_header::OP_IN_LEN);
+        server.serve(Slot::new(memory, header, args, home.clone())).await;
     }
-}
-
-fn send(sender: &Sender<Slot>, slot: Slot) {
-    // A slot that did not fit would answer EIO when it is dropped here; the bound makes it fit.
-    debug_assert!(!sender.is_full());
-    drop(sender.try_send(slot));
 }
 
 /// The completion thread's loop.
 struct Loop<B: Backend> {
     ring: Rc<Ring>,
-    home: Rc<Committer>,
+    entries: Rc<Entries>,
+    /// Entries that the queue has, and may have.
+    registered: usize,
+    depth: usize,
     server: Rc<Server<B>>,
-    sender: Sender<Slot>,
+    peers: Arc<Peers>,
+    here: usize,
     doorbell: Arc<Doorbell>,
     stats: Arc<ThreadStats>,
-    qid: u16,
 }
 
 impl<B: Backend> Loop<B> {
-    fn run(self, handlers: impl Future<Output = ()>) -> io::Result<()> {
+    fn run(mut self, handlers: impl Future<Output = ()>) -> io::Result<()> {
         let mut handlers = pin!(handlers);
         let waker = Waker::from(self.doorbell.clone());
         let mut cx = Context::from_waker(&waker);
         let mut poller = Poller::new(true);
-        let mut pin = Pin::new(usize::from(self.qid));
-        let entries = &self.home.entries;
-        while entries.live() > 0 || self.server.in_flight() > 0 {
+        let mut pin = Pin::new(self.here);
+        while self.entries.in_kernel() > 0
+            || self.peers.has_requests(self.here)
+            || self.server.in_flight() > 0
+        {
             while self.doorbell.take() {
-                // It has no end of its own: the sender lives as long as this loop.
+                // It has no end of its own: `peers` keeps the channel open.
                 let _ = handlers.as_mut().poll(&mut cx);
             }
-            let mut requests = 0;
-            let mut reap = || {
-                entries.reap(|completed| {
-                    if let Ok(memory) = completed {
-                        requests += 1;
-                        send(&self.sender, slot(memory, &self.home));
-                    }
-                })
-            };
+            // More could wait for the backend at once.
+            if self.server.in_flight() > 0 {
+                self.grow_if_dry()?;
+            }
             // What was pushed goes out first; often the next requests are there already.
             if self.ring.has_unsubmitted() || self.ring.has_work() {
                 self.ring.enter(false)?;
             }
-            if reap() > 0 {
+            if self.reap(&mut pin)? {
                 poller.busy();
-                pin.batch(requests);
             } else if !poller.idle() && self.doorbell.may_sleep() {
                 self.stats.sleeps.add(1);
                 // After large requests a first, short sleep; if nothing comes, their pages go.
-                let large = entries.has_burst_pages();
+                let large = self.entries.has_burst_pages();
                 let entered =
                     if large { self.ring.enter_for(BURST_OVER) } else { self.ring.enter(true) };
                 self.doorbell.awake();
                 entered?;
-                if reap() > 0 {
-                    pin.batch(requests);
-                } else if large && self.server.in_flight() == 0 {
-                    entries.give_back_pages();
+                if !self.reap(&mut pin)? && large && self.server.in_flight() == 0 {
+                    self.entries.give_back_pages();
                 }
             }
         }
         Ok(())
+    }
+
+    /// Takes the completions that are there; whether there were any.
+    fn reap(&mut self, pin: &mut Pin) -> io::Result<bool> {
+        let (mut requests, mut small) = (0, false);
+        let reaped = self.entries.reap(|completed| {
+            if let Ok(memory) = completed {
+                requests += 1;
+                small |= !peers::is_large(&memory);
+                if self.peers.route(self.here, memory) {
+                    self.stats.handed_over.add(1);
+                }
+            }
+        });
+        if reaped > 0 {
+            pin.batch(requests);
+        }
+        // More could have come at once. Not so with large ones: fewer of them stay in the cache.
+        if small {
+            self.grow_if_dry()?;
+        }
+        Ok(reaped > 0)
+    }
+
+    /// Gives the queue as many entries again, if the kernel has none for its next request.
+    fn grow_if_dry(&mut self) -> io::Result<()> {
+        let more = self.registered.min(self.depth - self.registered);
+        if more == 0 || self.entries.in_kernel() > 0 {
+            return Ok(());
+        }
+        match Memory::allocate(self.here as u16, more) {
+            Ok(memory) => {
+                self.registered += more;
+                self.entries.register(memory)
+            }
+            Err(e) => {
+                log::warn!("no more than {} requests at once: {e}", self.registered);
+                self.depth = self.registered;
+                Ok(())
+            }
+        }
     }
 }
 
@@ -204,6 +257,8 @@ impl<B: Backend> Loop<B> {
 struct Committer {
     ring: Rc<Ring>,
     entries: Rc<Entries>,
+    peers: Arc<Peers>,
+    here: usize,
 }
 
 impl Home for Committer {
@@ -212,7 +267,8 @@ impl Home for Committer {
             Ok(len) => (0, len as u32),
             Err(errno) => (errno.wire(), 0),
         };
-        let request: InHeader = memory.head_struct(uring_header::IN_OUT);
+        let large = peers::is_large(&memory);
+        self.peers.answered(self.here, &memory);
         let len = size_of::<OutHeader>() as u32 + payload_sz;
         memory.put_head_struct(uring_header::IN_OUT, &OutHeader { len, error, unique });
         let mut ring_ent: UringEntInOut = memory.head_struct(uring_header::RING_ENT);
@@ -221,7 +277,7 @@ impl Home for Committer {
         self.entries.commit(memory, ring_ent.commit_id);
         // A batch of large answers would leave the cache before the kernel copies them, and keep the client
         // waiting for all of them: each goes out while it is hot. An error shows at the loop's own enter.
-        if payload_sz.max(request.len) >= LARGE {
+        if large {
             let _ = self.ring.enter(false);
         }
     }
@@ -232,11 +288,4 @@ impl Home for Committer {
         let header: InHeader = memory.head_struct(uring_header::IN_OUT);
         self.answer(memory, header.unique, Ok(0));
     }
-}
-
-/// The slot for a request that has arrived in `memory`.
-fn slot(memory: Memory, home: &Rc<Committer>) -> Slot {
-    let header: InHeader = memory.head_struct(uring_header::IN_OUT);
-    let args = (uring_header::OP_IN, uring_header::OP_IN_LEN);
-    Slot::new(memory, header, args, home.clone())
 }

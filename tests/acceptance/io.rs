@@ -5,8 +5,12 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use rustix::fs::Mode;
 
+use crate::common::export::Transport;
 use crate::common::suite::{Case, SIZE};
 use crate::common::{Aligned, Random, noise, program, succeed};
+
+/// The kernel has a queue for each.
+const POSSIBLE_CPUS: &str = "/sys/devices/system/cpu/possible";
 
 /// Reads and writes, as one writes them.
 fn open(path: &std::path::Path, flags: i32) -> File {
@@ -92,6 +96,40 @@ pub fn clients_of_all_kinds_read_what_they_wrote(case: &Case) {
         let said = succeed(program("fio", verified).args(client).arg(&file));
         assert!(said.contains("err= 0"), "{client:?}: {said}");
         assert!(said.contains("read: IOPS") && said.contains("write: IOPS"), "{client:?}: {said}");
+    }
+}
+
+/// Over io_uring, queues' threads share them, and their entries move from ring to ring.
+pub fn large_requests_beside_small_ones_arrive_whole(case: &Case) {
+    let image = case.image(&vec![0; 32 << 20]);
+    let mut export = case.export(&image, &[]);
+    let file = format!("--filename={}", export.file().display());
+    let all = [
+        "--ioengine=libaio",
+        "--direct=1",
+        "--thread",
+        "--allow_file_create=0",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+    ];
+    let large = ["--name=large", "--rw=randwrite", "--bs=1m", "--iodepth=16", "--size=16m"];
+    let small = ["--name=small", "--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=16m"];
+    let said = succeed(
+        program("fio", all)
+            .arg(&file)
+            .args(large)
+            .args(["--loops=8", "--new_group"])
+            .args(small)
+            .args(["--offset=16m"]),
+    );
+    assert!(said.contains("err= 0") && !said.contains("verify:"), "{said}");
+    let ended = export.stop(libc::SIGTERM);
+    ended.assert(0, &[]);
+    if case.transport == Transport::Uring
+        && fs::read_to_string(POSSIBLE_CPUS).unwrap().trim() != "0"
+    {
+        assert!(ended.served(case.transport).handed_over > 0, "{}", ended.log);
     }
 }
 

@@ -62,6 +62,8 @@ impl Transport {
 pub struct Served {
     pub reads: u64,
     pub writes: u64,
+    /// From one queue's thread to another's
+    pub handed_over: u64,
 }
 
 /// How an export ended.
@@ -79,7 +81,11 @@ impl Ended {
             let words: Vec<&str> = line?.split([' ', ',']).filter(|w| !w.is_empty()).collect();
             words.windows(2).find(|pair| pair[1] == what)?[0].parse().ok()
         };
-        Served { reads: count("reads").unwrap_or(0), writes: count("writes").unwrap_or(0) }
+        Served {
+            reads: count("reads").unwrap_or(0),
+            writes: count("writes").unwrap_or(0),
+            handed_over: count("handed").unwrap_or(0),
+        }
     }
 
     /// Asserts the exit status and that each of `words` is in the message.
