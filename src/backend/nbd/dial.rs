@@ -261,7 +261,9 @@ impl Dialer {
             }
             Address::Unix(path) => (
                 path.display().to_string(),
-                SockAddr::unix(path).and_then(|to| self.connect_to(&to, None)),
+                SockAddr::unix(path)
+                    .and_then(|to| self.connect_to(&to, None))
+                    .inspect(enlarge_send_buffer),
             ),
             Address::Vsock { cid, port } => {
                 let to = SockAddr::vsock(*cid, *port);
@@ -324,6 +326,15 @@ impl Write for NoFlags<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.socket.flush()
+    }
+}
+
+/// A Unix socket has room for some 200 KiB, so that a large write takes several calls and a wake-up for each. (TCP
+/// finds its own size.) The kernel doubles the number, and takes less where less is allowed: both are fine.
+fn enlarge_send_buffer(socket: &Socket) {
+    const SEND_BUFFER: usize = 256 << 10;
+    if let Err(e) = socket.set_send_buffer_size(SEND_BUFFER) {
+        log::debug!("SO_SNDBUF: {e}");
     }
 }
 
