@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::ability::Ability;
-use super::nbd::{Address, Server};
+use super::nbd::{Address, CrateServer, Server};
 use super::sandbox::Sandbox;
 use super::{noise, program, succeed};
 
@@ -97,6 +97,15 @@ pub const KINDS: &[Kind] = &[
             let without = without.map(|option| format!("--{option}"));
             nbdkit(s, b, Address::unix(s), &without, &["multi-conn-mode=disable".into()])
         },
+        shows_holes: false,
+        punches: false,
+        ..NBD
+    },
+    // Not even NBD_OPT_GO, and one request after the other
+    Kind {
+        name: "nbd-crate",
+        make: nbd_crate,
+        needs: &["fuse", "nbd"],
         shows_holes: false,
         punches: false,
         ..NBD
@@ -221,6 +230,13 @@ fn nbd_server(sandbox: &Sandbox, bytes: &[u8], address: Address) -> Image {
     let file = regular_file(sandbox, bytes);
     let server = Server::nbd_server(sandbox, &address, file.path());
     Image { source: address.uri("disk"), ..file }.with(server)
+}
+
+fn nbd_crate(sandbox: &Sandbox, bytes: &[u8]) -> Image {
+    let file = regular_file(sandbox, bytes);
+    let socket = sandbox.join("nbd.socket");
+    let server = CrateServer::start(&socket, file.path());
+    Image { source: Address::Unix(socket).uri(""), ..file }.with(server)
 }
 
 /// A loop device, detached when dropped.

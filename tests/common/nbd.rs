@@ -1,11 +1,17 @@
 //! NBD servers.
 
-use std::net::Ipv4Addr;
+use std::fs::File;
+use std::io;
+use std::net::{Ipv4Addr, Shutdown};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
 
 use rustix::process::{Signal, kill_process};
+use socket2::SockRef;
 
 use super::sandbox::Sandbox;
 use super::{eventually, program, succeed};
@@ -167,4 +173,54 @@ impl Drop for Server {
         }
         eprintln!("process {}: left behind, cannot be killed", self.pid);
     }
+}
+
+/// The server of the crate `nbd` on a Unix socket, in threads of this process; ended when dropped.
+pub struct CrateServer {
+    listener: Arc<UnixListener>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl CrateServer {
+    pub fn start(socket: &Path, disk: &Path) -> CrateServer {
+        let listener = Arc::new(UnixListener::bind(socket).expect("the socket is new"));
+        let (shared, disk) = (listener.clone(), disk.to_owned());
+        let thread = std::thread::spawn(move || accept(&shared, &disk));
+        CrateServer { listener, thread: Some(thread) }
+    }
+}
+
+impl Drop for CrateServer {
+    fn drop(&mut self) {
+        SockRef::from(&*self.listener).shutdown(Shutdown::Both).expect("it listens");
+        // A panic in there has been printed, and has cost the test a connection.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// Serves each connection on a thread of its own, until the listener is shut down.
+fn accept(listener: &UnixListener, disk: &Path) {
+    // Weak: a client is to see at once that its connection has ended.
+    let mut connections: Vec<Weak<UnixStream>> = Vec::new();
+    std::thread::scope(|scope| {
+        for stream in listener.incoming().map_while(Result::ok).map(Arc::new) {
+            connections.push(Arc::downgrade(&stream));
+            // It ends with an error when the client just hangs up.
+            scope.spawn(move || serve(&stream, disk));
+        }
+        for stream in connections.iter().filter_map(Weak::upgrade) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    });
+}
+
+/// The disk is the export, whatever its name. The flush of a [`File`] does nothing: tests look at the disk
+/// through the page cache.
+fn serve(stream: &UnixStream, disk: &Path) -> io::Result<()> {
+    // Of its own for each connection: a position is kept in it.
+    let file = File::options().read(true).write(true).open(disk)?;
+    let size = file.metadata()?.len();
+    let export = ::nbd::Export::<()> { size, send_flush: true, ..Default::default() };
+    ::nbd::server::handshake(stream, |_| Ok(export))?;
+    ::nbd::server::transmission(stream, file)
 }
