@@ -121,7 +121,7 @@ impl Written {
     }
 }
 
-/// `fio` with 4 jobs at depth 64 on a part of a file; killed when dropped.
+/// `fio` with 4 jobs at depth 64 on a part of a file, now and then with a large request; killed when dropped.
 pub struct Load(Child);
 
 const JOBS: usize = 4;
@@ -129,7 +129,8 @@ const JOBS: usize = 4;
 impl Load {
     pub fn start(path: &Path, offset: usize, len: usize) -> Load {
         let fio = Command::new("fio")
-            .args(["--name=load", "--rw=randrw", "--rwmixread=70", "--bs=4k", "--iodepth=64"])
+            .args(["--name=load", "--rw=randrw", "--rwmixread=70"])
+            .args(["--bssplit=4k/95:1m/5", "--iodepth=64"])
             .arg(format!("--numjobs={JOBS}"))
             .args(["--thread", "--ioengine=libaio", "--direct=1", "--time_based"])
             .args(["--runtime=60", "--allow_file_create=0", "--filename"])
