@@ -21,7 +21,7 @@ const WORST: i32 = -8;
 /// times have changed.
 const PROBE: u32 = 64;
 
-/// Average batches, times 16, at which a thread is pinned and let go.
+/// Average numbers of requests at once, times 16, at which a thread is pinned and let go.
 const SMALL_BATCH: usize = 2 * 16;
 /// See [`SMALL_BATCH`].
 const LARGE_BATCH: usize = 4 * 16;
@@ -89,14 +89,14 @@ pub fn unpin() {
     }
 }
 
-/// Decides where a queue's thread runs: on its queue's CPU while it is woken for a request or two, since
-/// there the client's data is in the cache and no other CPU has to be woken; anywhere once batches grow, so
+/// Decides where a queue's thread runs: on its queue's CPU while it has a request or two at a time, since
+/// there the client's data is in the cache and no other CPU has to be woken; anywhere once there are more, so
 /// that the client goes on submitting while they are served.
 pub struct Pin {
     home: CpuSet,
     anywhere: Option<&'static CpuSet>,
     pinned: bool,
-    /// A moving average of the requests of a wake-up, times 16.
+    /// A moving average of the requests at once, times 16.
     average: usize,
 }
 
@@ -107,7 +107,7 @@ impl Pin {
         Pin { home: CpuSet::only(cpu), anywhere, pinned: false, average: 16 }
     }
 
-    /// So many requests came at once.
+    /// So many requests came, or wait for the backend, at once.
     pub fn batch(&mut self, requests: usize) {
         let Some(anywhere) = self.anywhere else { return };
         self.average = (self.average * 15 + requests * 16) / 16;

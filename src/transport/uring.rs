@@ -224,7 +224,7 @@ impl<B: Backend> Loop<B> {
             }
         });
         if reaped > 0 {
-            pin.batch(requests);
+            pin.batch(requests + self.server.in_flight());
         }
         // More could have come at once. Not so with large ones: fewer of them stay in the cache.
         if small {
