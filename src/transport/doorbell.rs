@@ -34,15 +34,19 @@ impl Flags {
         Flags { rung: AtomicBool::new(rung), sleeping: AtomicBool::new(false) }
     }
 
+    fn is_rung(&self) -> bool {
+        self.rung.load(Relaxed)
+    }
+
     fn take(&self) -> bool {
         // A plain look first: it is asked far more often than it is rung.
-        self.rung.load(Relaxed) && self.rung.swap(false, AcqRel)
+        self.is_rung() && self.rung.swap(false, AcqRel)
     }
 
     fn may_sleep(&self) -> bool {
         self.sleeping.store(true, Relaxed);
         fence(SeqCst);
-        if self.rung.load(Relaxed) {
+        if self.is_rung() {
             self.sleeping.store(false, Relaxed);
             return false;
         }
@@ -80,6 +84,11 @@ impl Doorbell {
     /// Whether it was rung since the last call.
     pub fn take(&self) -> bool {
         self.flags.take()
+    }
+
+    /// Whether [`Doorbell::take`] would say so.
+    pub fn is_rung(&self) -> bool {
+        self.flags.is_rung()
     }
 
     /// Announces a sleep; whether its owner may begin it. Call [`Doorbell::awake`] after it.

@@ -12,7 +12,7 @@
 
 #![allow(unsafe_code)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -30,6 +30,8 @@ use crate::sys;
 
 /// The bits of `user_data` that tell what completed; the rest is an index.
 const FUSE_ENTRY: u64 = 1 << 63;
+/// An operation that moves data.
+const IO: u64 = 1 << 62;
 
 /// One io_uring with 128-byte entries and the operations in flight on it. Neither `Send` nor `Sync`:
 /// `SINGLE_ISSUER` and `DEFER_TASKRUN` bind it to the thread that made it.
@@ -37,6 +39,10 @@ pub struct Ring {
     /// Entered by this thread only.
     uring: RefCell<IoUring<Entry128, cqueue::Entry>>,
     operations: RefCell<Slab<Progress>>,
+    /// Reads and writes that the kernel has not completed.
+    io_in_flight: Cell<usize>,
+    /// There have been any.
+    does_io: Cell<bool>,
 }
 
 /// How far an [`Operation`] has come.
@@ -60,7 +66,12 @@ impl Ring {
             .setup_submit_all()
             .setup_cqsize(entries.next_power_of_two() * 4)
             .build(entries.next_power_of_two())?;
-        let ring = Ring { uring: RefCell::new(uring), operations: RefCell::new(Slab::new()) };
+        let ring = Ring {
+            uring: RefCell::new(uring),
+            operations: RefCell::new(Slab::new()),
+            io_in_flight: Cell::new(0),
+            does_io: Cell::new(false),
+        };
         ring.probe()?;
         Ok(Rc::new(ring))
     }
@@ -107,6 +118,16 @@ impl Ring {
         !self.operations.borrow().is_empty()
     }
 
+    /// How many reads and writes the kernel has not completed.
+    pub fn io_in_flight(&self) -> usize {
+        self.io_in_flight.get()
+    }
+
+    /// Whether reads and writes go through this ring.
+    pub fn does_io(&self) -> bool {
+        self.does_io.get()
+    }
+
     /// Submits what was pushed and runs the kernel's deferred work for this ring (without an enter that
     /// asks for events nothing completes under `DEFER_TASKRUN`). With `wait` it sleeps until there is a
     /// completion. `EINTR` is no error: the caller's loop comes round again.
@@ -149,7 +170,10 @@ impl Ring {
             if cqe.user_data() & FUSE_ENTRY != 0 {
                 on_entry((cqe.user_data() & !FUSE_ENTRY) as u32, cqe.result());
             } else {
-                self.complete(cqe.user_data() as usize, cqe.result());
+                if cqe.user_data() & IO != 0 {
+                    self.io_in_flight.set(self.io_in_flight.get() - 1);
+                }
+                self.complete((cqe.user_data() & !IO) as usize, cqe.result());
             }
         }
     }
@@ -242,8 +266,14 @@ impl Ring {
     /// Memory that `entry` names must be borrowed for `'a`, and `owns_memory` must be set if there is any.
     unsafe fn operation<'a>(&'a self, entry: Entry128, owns_memory: bool) -> Operation<'a> {
         let key = self.operations.borrow_mut().insert(Progress::Waiting(None));
+        let mut user_data = key as u64;
+        if owns_memory {
+            user_data |= IO;
+            self.io_in_flight.set(self.io_in_flight.get() + 1);
+            self.does_io.set(true);
+        }
         // SAFETY: the caller's promise.
-        unsafe { self.push(entry.user_data(key as u64)) };
+        unsafe { self.push(entry.user_data(user_data)) };
         Operation { ring: self, key: Some(key), owns_memory }
     }
 
@@ -382,9 +412,13 @@ mod tests {
     fn read_and_write_complete() {
         let Some(ring) = ring() else { return };
         let file = crate::sys::memfd("ring-test").unwrap();
+        assert!(!ring.does_io());
         assert_eq!(drive(&ring, ring.write_at(&file, b"hello", 100)).unwrap(), 5);
         let mut buf = [0; 8];
-        assert_eq!(drive(&ring, ring.read_at(&file, &mut buf, 100)).unwrap(), 5);
+        let read = ring.read_at(&file, &mut buf, 100);
+        assert_eq!(ring.io_in_flight(), 1);
+        assert_eq!(drive(&ring, read).unwrap(), 5);
+        assert!(ring.does_io() && ring.io_in_flight() == 0);
         assert_eq!(&buf[..5], b"hello");
         assert!(!ring.has_operations());
     }

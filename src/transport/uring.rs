@@ -18,7 +18,7 @@
 //! us, its commit does). The thread goes on until all of them have, so no memory is freed that the kernel
 //! might still use. It never unmounts: the kernel would wait for this very thread.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::pin;
@@ -46,6 +46,14 @@ use crate::stats::ThreadStats;
 
 /// Entries of a queue to begin with. It gets more when it runs dry.
 const FIRST_ENTRIES: usize = 4;
+
+/// Waiting requests that are resumed in one turn, before what they pushed goes out: all that are ready ...
+const LONG_TURN: usize = 256;
+/// ... or few, where the thread's ring does the backend's I/O. A disk that completes a whole queue at once idles until it
+/// is given something again, so answers must not leave in one large batch, and clients must have the time to ask.
+const SHORT_TURN: usize = 4;
+/// A backend with less than so much I/O in flight is given more at once.
+const HUNGRY: usize = 8;
 
 /// What one queue's thread needs.
 pub struct Queue<B: Backend> {
@@ -131,7 +139,8 @@ impl<B: Backend> Queue<B> {
             peers: self.peers.clone(),
             here,
         };
-        let handlers = executor.run(serve(server.clone(), self.requests, Rc::new(home)));
+        let arrivals = serve(server.clone(), self.requests, Rc::new(home));
+        let handlers = in_turns(ring.clone(), executor, arrivals);
         Loop {
             ring,
             entries,
@@ -145,6 +154,35 @@ impl<B: Backend> Queue<B> {
         }
         .run(handlers)
     }
+}
+
+/// Runs the handlers, a turn at each poll: first those of requests that have arrived, then some of those that waited.
+async fn in_turns(
+    ring: Rc<Ring>,
+    executor: Rc<LocalExecutor<'static>>,
+    arrivals: impl Future<Output = ()>,
+) {
+    let mut arrivals = pin!(arrivals);
+    let mut waited = pin!(executor.tick());
+    poll_fn(|cx| {
+        let before = ring.io_in_flight();
+        let ended = arrivals.as_mut().poll(cx);
+        if before < HUNGRY && ring.io_in_flight() > before {
+            // An error shows at the loop's own enter.
+            let _ = ring.enter(false);
+        }
+        let turn = if ring.does_io() { SHORT_TURN } else { LONG_TURN };
+        for _ in 0..turn {
+            if waited.as_mut().poll(cx).is_pending() {
+                return ended;
+            }
+            waited.set(executor.tick());
+        }
+        // There may be more.
+        cx.waker().wake_by_ref();
+        ended
+    })
+    .await
 }
 
 /// The handlers' end of the channel.
@@ -181,7 +219,7 @@ impl<B: Backend> Loop<B> {
             || self.peers.has_requests(self.here)
             || self.server.in_flight() > 0
         {
-            while self.doorbell.take() {
+            if self.doorbell.take() {
                 // It has no end of its own: `peers` keeps the channel open.
                 let _ = handlers.as_mut().poll(&mut cx);
             }
@@ -192,10 +230,14 @@ impl<B: Backend> Loop<B> {
             // What was pushed goes out first; often the next requests are there already.
             if self.ring.has_unsubmitted() || self.ring.has_work() {
                 self.ring.enter(false)?;
+                if self.ring.does_io() && self.server.in_flight() > 0 {
+                    // A client that was just answered may be waiting for this very CPU to ask for more.
+                    std::thread::yield_now();
+                }
             }
             if self.reap(&mut pin)? {
                 poller.busy();
-            } else if !poller.idle() && self.doorbell.may_sleep() {
+            } else if !self.doorbell.is_rung() && !poller.idle() && self.doorbell.may_sleep() {
                 self.stats.sleeps.add(1);
                 // After large requests a first, short sleep; if nothing comes, their pages go.
                 let large = self.entries.has_burst_pages();
