@@ -12,6 +12,7 @@ use crate::errno::Errno;
 use crate::fuse::abi::{self, Attr, SetattrIn, StatfsOut, fattr};
 use crate::fuse::reply::Reply;
 use crate::fuse::request::Op;
+use crate::open_files::OpenFiles;
 
 /// What the user asked of an export.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +40,7 @@ pub struct Export<B> {
     /// a cache line which hardly ever changes.
     modified: AtomicBool,
     flush_failed: AtomicBool,
+    open_files: OpenFiles,
     closed: Arc<AtomicBool>,
 }
 
@@ -94,6 +96,7 @@ impl<B: Backend> Export<B> {
             attributes: Mutex::new(attributes),
             modified: AtomicBool::new(false),
             flush_failed: AtomicBool::new(false),
+            open_files: OpenFiles::default(),
             closed,
         })
     }
@@ -117,7 +120,11 @@ impl<B: Backend> Export<B> {
     /// Carries out `op`. A WRITE's data is at the front of `payload`; a READ's goes there.
     pub async fn handle(&self, lane: &B::Lane, op: Op, payload: &mut [u8]) -> Result<Reply, Errno> {
         match op {
-            Op::Release | Op::Destroy => Ok(Reply::Done),
+            Op::Release { handle } => {
+                self.open_files.release(handle);
+                Ok(Reply::Done)
+            }
+            Op::Destroy => Ok(Reply::Done),
             Op::Unanswered => Ok(Reply::Unanswered),
             _ if self.closed.load(Ordering::Relaxed) => Err(Errno::EIO),
             Op::Read { offset, size } => {
@@ -129,7 +136,16 @@ impl<B: Backend> Export<B> {
             Op::Getattr => self.attr().map(Reply::Attr),
             Op::Setattr(change) => self.setattr(lane, change).await,
             Op::Open { flags } => self.open(lane, flags).await,
-            Op::Flush | Op::Fsync => self.flush(lane).await,
+            Op::Flush { handle } => {
+                let flushed = self.flush(lane).await;
+                flushed.and(self.open_files.untold(handle)).map(|()| Reply::Done)
+            }
+            Op::Fsync { handle } => {
+                let flushed = self.flush(lane).await;
+                // Told in any case, and once.
+                let told = self.open_files.tell(handle);
+                flushed.and(told).map(|()| Reply::Done)
+            }
             Op::Fallocate { offset, len, mode } => self.fallocate(lane, offset, len, mode).await,
             Op::Lseek { offset, whence } => self.lseek(lane, offset, whence).await,
             Op::Statfs => Ok(Reply::Statfs(self.statfs())),
@@ -184,16 +200,18 @@ impl<B: Backend> Export<B> {
             self.note_modified();
         }
         let flush = if writing { 0 } else { abi::FOPEN_NOFLUSH };
-        Ok(Reply::Opened(abi::FOPEN_DIRECT_IO | abi::FOPEN_PARALLEL_DIRECT_WRITES | flush))
+        let flags = abi::FOPEN_DIRECT_IO | abi::FOPEN_PARALLEL_DIRECT_WRITES | flush;
+        Ok(Reply::Opened { handle: self.open_files.open(), flags })
     }
 
-    async fn flush(&self, lane: &B::Lane) -> Result<Reply, Errno> {
-        if let Err(e) = lane.flush().await {
+    async fn flush(&self, lane: &B::Lane) -> Result<(), Errno> {
+        lane.flush().await.map_err(|e| {
             log::error!("flush: {e}");
             self.flush_failed.store(true, Ordering::Release);
-            return Err(e.into());
-        }
-        Ok(Reply::Done)
+            let errno = Errno::from(e);
+            self.open_files.failed(errno);
+            errno
+        })
     }
 
     /// The flush at the end, when nobody is served any more.

@@ -41,6 +41,7 @@ pub mod fuse;
 pub mod info;
 pub mod io;
 pub mod mount;
+pub mod open_files;
 pub mod pool;
 pub mod run;
 pub mod session;

@@ -251,6 +251,14 @@ pub struct OpenOut {
     pub backing_id: i32,
 }
 
+/// What `struct fuse_flush_in`, `fuse_fsync_in` and `fuse_release_in` begin with.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct HandleIn {
+    pub fh: u64,
+}
+
 /// `struct fuse_read_in`; `struct fuse_write_in` differs in names that are not used here.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -366,7 +374,7 @@ impl UringCmdReq {
 
 plain! {
     InHeader: 40, OutHeader: 16, InitIn: 64, InitOut: 64, Attr: 88, AttrOut: 104, SetattrIn: 88,
-    OpenIn: 8, OpenOut: 16, ReadWriteIn: 40, WriteOut: 8, StatfsOut: 80, FallocateIn: 32,
+    OpenIn: 8, OpenOut: 16, HandleIn: 8, ReadWriteIn: 40, WriteOut: 8, StatfsOut: 80, FallocateIn: 32,
     LseekIn: 24, LseekOut: 8, UringEntInOut: 32, UringCmdReq: 24,
 }
 

@@ -13,8 +13,13 @@ pub enum Reply {
     Written(u32),
     /// `stat`
     Attr(Attr),
-    /// The flags of an open file (`FOPEN_*`)
-    Opened(u32),
+    /// A file was opened.
+    Opened {
+        /// Its number in later requests
+        handle: u64,
+        /// `FOPEN_*`
+        flags: u32,
+    },
     /// `statfs`
     Statfs(StatfsOut),
     /// Where data or a hole begins, in bytes
@@ -37,7 +42,9 @@ impl Reply {
             Reply::Written(size) => put(payload, WriteOut { size, padding: 0 }),
             // Validity zero: sizes and times may change behind the kernel's back, and a stat is cheap.
             Reply::Attr(attr) => put(payload, AttrOut { attr, ..Default::default() }),
-            Reply::Opened(open_flags) => put(payload, OpenOut { open_flags, ..Default::default() }),
+            Reply::Opened { handle, flags } => {
+                put(payload, OpenOut { fh: handle, open_flags: flags, backing_id: 0 })
+            }
             Reply::Statfs(statfs) => put(payload, statfs),
             Reply::Seek(offset) => put(payload, LseekOut { offset }),
         }
@@ -57,7 +64,8 @@ mod tests {
         assert_eq!(len(Reply::Written(7), &mut payload), 8);
         assert_eq!(payload[..4], [7, 0, 0, 0]);
         assert_eq!(len(Reply::Attr(Attr::default()), &mut payload), 104);
-        assert_eq!(len(Reply::Opened(1), &mut payload), 16);
+        assert_eq!(len(Reply::Opened { handle: 3, flags: 1 }, &mut payload), 16);
+        assert_eq!(payload[..9], [3, 0, 0, 0, 0, 0, 0, 0, 1]);
         assert_eq!(len(Reply::Statfs(StatfsOut::default()), &mut payload), 80);
         assert_eq!(len(Reply::Seek(9), &mut payload), 8);
     }

@@ -4,7 +4,7 @@
 //! put it, and [`Op::Write`] says only how much of it there is.
 
 use super::abi::{
-    self, FallocateIn, InHeader, LseekIn, OpenIn, Plain, ReadWriteIn, SetattrIn, opcode,
+    self, FallocateIn, HandleIn, InHeader, LseekIn, OpenIn, Plain, ReadWriteIn, SetattrIn, opcode,
 };
 use crate::errno::Errno;
 
@@ -39,11 +39,20 @@ pub enum Op {
     /// `statfs`
     Statfs,
     /// The last close of an open file
-    Release,
+    Release {
+        /// Its number in OPEN's reply
+        handle: u64,
+    },
     /// `fsync`, `fdatasync`
-    Fsync,
+    Fsync {
+        /// Its number in OPEN's reply
+        handle: u64,
+    },
     /// A close
-    Flush,
+    Flush {
+        /// Its number in OPEN's reply
+        handle: u64,
+    },
     /// `fallocate`
     Fallocate {
         /// In bytes
@@ -77,6 +86,7 @@ impl Op {
         let bounded = |size: u32| {
             if size as usize > payload_len { Err(Errno::EINVAL) } else { Ok(size) }
         };
+        let handle = || need(size_of::<HandleIn>()).map(|()| HandleIn::read(args).fh);
         Ok(match header.opcode {
             opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT => Op::Unanswered,
             _ if header.nodeid != abi::ROOT_ID && header.opcode != opcode::DESTROY => {
@@ -107,9 +117,9 @@ impl Op {
                 }
             }
             opcode::STATFS => Op::Statfs,
-            opcode::RELEASE => Op::Release,
-            opcode::FSYNC => Op::Fsync,
-            opcode::FLUSH => Op::Flush,
+            opcode::RELEASE => Op::Release { handle: handle()? },
+            opcode::FSYNC => Op::Fsync { handle: handle()? },
+            opcode::FLUSH => Op::Flush { handle: handle()? },
             opcode::FALLOCATE => {
                 need(size_of::<FallocateIn>())?;
                 let arg = FallocateIn::read(args);
@@ -156,7 +166,7 @@ mod tests {
 
     #[test]
     fn short_arguments_are_refused() {
-        for code in [opcode::SETATTR, opcode::OPEN, opcode::READ, opcode::WRITE, opcode::LSEEK] {
+        for code in [opcode::SETATTR, opcode::OPEN, opcode::READ, opcode::WRITE, opcode::FSYNC] {
             assert_eq!(Op::decode(&header(code), &[0; 7], 4096).unwrap_err(), Errno::EINVAL);
         }
     }

@@ -89,11 +89,15 @@ pub fn flush_reaches_the_disk_and_its_failure_the_exit_status(case: &Case) {
     let device = LoopDevice::new(&store, &[]);
 
     let mut by_fsync = export(case, Path::new(&device.0), &[]);
-    let file = File::options().write(true).open(by_fsync.file()).unwrap();
+    let open = || File::options().write(true).open(by_fsync.file()).unwrap();
+    let (file, other) = (open(), open());
     file.write_all_at(&noise(7, 1 << 20), 0).unwrap();
-    let errno = file.sync_all().unwrap_err().raw_os_error();
-    assert!([Some(EIO), Some(ENOSPC)].contains(&errno), "{errno:?}");
-    drop(file);
+    // A close at which nobody looks, as that of a forked child, hides it from no file that is open.
+    drop(file.try_clone().unwrap());
+    for file in [file, other] {
+        let errno = file.sync_all().unwrap_err().raw_os_error();
+        assert!([Some(EIO), Some(ENOSPC)].contains(&errno), "{errno:?}");
+    }
     by_fsync.stop(libc::SIGTERM).assert(1, &[&device.0, "flush"]);
 
     let mut by_close = export(case, Path::new(&device.0), &[]);

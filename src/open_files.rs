@@ -1,0 +1,108 @@
+//! The open files, and which of them have yet to hear of a failed flush.
+//!
+//! A source tells once that written data was lost, to whichever flush comes first. That may be the close of a
+//! descriptor which a forked child has inherited, and at whose result nobody looks. So every file that was open then is told at
+//! its next `fsync`, once each, as the kernel does for its own files (`errseq_t`, Documentation/core-api/errseq.rst).
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard};
+
+use crate::errno::Errno;
+
+/// All open files of an export. Off the data path: only open, close and flushes come here.
+#[derive(Debug, Default)]
+pub struct OpenFiles(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    last_handle: u64,
+    /// How many flushes had failed when the file was opened, or last told.
+    told: HashMap<u64, u64>,
+    failures: u64,
+    last_failure: Option<Errno>,
+}
+
+impl OpenFiles {
+    /// A new file's handle, which is never zero. What failed before is none of its concern.
+    pub fn open(&self) -> u64 {
+        let mut state = self.lock();
+        state.last_handle += 1;
+        let (handle, failures) = (state.last_handle, state.failures);
+        state.told.insert(handle, failures);
+        handle
+    }
+
+    /// The file is closed for good.
+    pub fn release(&self, handle: u64) {
+        self.lock().told.remove(&handle);
+    }
+
+    /// A flush has failed: every open file has to know.
+    pub fn failed(&self, errno: Errno) {
+        let mut state = self.lock();
+        state.failures += 1;
+        state.last_failure = Some(errno);
+    }
+
+    /// What a close has to say: the failure that the file has not been told of. It does not count as told.
+    pub fn untold(&self, handle: u64) -> Result<(), Errno> {
+        let state = self.lock();
+        match (state.told.get(&handle), state.last_failure) {
+            (Some(&told), Some(errno)) if told < state.failures => Err(errno),
+            _ => Ok(()),
+        }
+    }
+
+    /// What an fsync has to say. From then on the file has been told.
+    pub fn tell(&self, handle: u64) -> Result<(), Errno> {
+        let untold = self.untold(handle);
+        let mut state = self.lock();
+        let failures = state.failures;
+        if untold.is_err()
+            && let Some(told) = state.told.get_mut(&handle)
+        {
+            *told = failures;
+        }
+        untold
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("no code panics while it holds the list")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_that_was_open_is_told_once() {
+        let files = OpenFiles::default();
+        let (a, b) = (files.open(), files.open());
+        assert!(files.tell(a).is_ok());
+        files.failed(Errno::EIO);
+        let later = files.open();
+        assert_eq!(files.tell(a), Err(Errno::EIO));
+        assert!(files.tell(a).is_ok() && files.tell(later).is_ok());
+        assert_eq!(files.tell(b), Err(Errno::EIO));
+    }
+
+    #[test]
+    fn a_close_reports_and_does_not_hide_it_from_fsync() {
+        let files = OpenFiles::default();
+        let file = files.open();
+        files.failed(Errno::EIO);
+        assert_eq!(files.untold(file), Err(Errno::EIO));
+        assert_eq!(files.tell(file), Err(Errno::EIO));
+        assert!(files.untold(file).is_ok());
+    }
+
+    #[test]
+    fn released_files_are_forgotten() {
+        let files = OpenFiles::default();
+        let file = files.open();
+        files.failed(Errno::EIO);
+        files.release(file);
+        assert!(files.tell(file).is_ok() && files.lock().told.is_empty());
+    }
+}
