@@ -22,6 +22,15 @@ struct State {
     last_failure: Option<Errno>,
 }
 
+impl State {
+    fn untold(&self, handle: u64) -> Result<(), Errno> {
+        match (self.told.get(&handle), self.last_failure) {
+            (Some(&told), Some(errno)) if told < self.failures => Err(errno),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl OpenFiles {
     /// A new file's handle, which is never zero. What failed before is none of its concern.
     pub fn open(&self) -> u64 {
@@ -46,21 +55,15 @@ impl OpenFiles {
 
     /// What a close has to say: the failure that the file has not been told of. It does not count as told.
     pub fn untold(&self, handle: u64) -> Result<(), Errno> {
-        let state = self.lock();
-        match (state.told.get(&handle), state.last_failure) {
-            (Some(&told), Some(errno)) if told < state.failures => Err(errno),
-            _ => Ok(()),
-        }
+        self.lock().untold(handle)
     }
 
     /// What an fsync has to say. From then on the file has been told.
     pub fn tell(&self, handle: u64) -> Result<(), Errno> {
-        let untold = self.untold(handle);
+        // Under one lock: a failure that came in between would be taken for told.
         let mut state = self.lock();
-        let failures = state.failures;
-        if untold.is_err()
-            && let Some(told) = state.told.get_mut(&handle)
-        {
+        let (untold, failures) = (state.untold(handle), state.failures);
+        if let Some(told) = state.told.get_mut(&handle) {
             *told = failures;
         }
         untold

@@ -166,7 +166,16 @@ mod tests {
 
     #[test]
     fn short_arguments_are_refused() {
-        for code in [opcode::SETATTR, opcode::OPEN, opcode::READ, opcode::WRITE, opcode::FSYNC] {
+        for code in [
+            opcode::SETATTR,
+            opcode::OPEN,
+            opcode::READ,
+            opcode::WRITE,
+            opcode::LSEEK,
+            opcode::FSYNC,
+            opcode::FLUSH,
+            opcode::RELEASE,
+        ] {
             assert_eq!(Op::decode(&header(code), &[0; 7], 4096).unwrap_err(), Errno::EINVAL);
         }
     }
