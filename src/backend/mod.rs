@@ -18,6 +18,9 @@ pub mod file;
 pub mod nbd;
 pub mod range_lock;
 
+/// A lane may lend the pages of so much data, or more, to the kernel (see [`Lane::write`]), in bytes. Below, copying is cheaper.
+pub const LENT_BYTES: usize = 128 << 10;
+
 /// What a source is and what it allows, fixed while it is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
@@ -92,6 +95,10 @@ pub trait Lane: 'static {
 
     /// Writes all of `data` at `offset`; past the end only where the export is growable. With `durable`
     /// (O_DSYNC) the data is on stable storage when this returns.
+    ///
+    /// Data of [`LENT_BYTES`] may have been sent by its pages. After an error some of it can still be on its way to a
+    /// server that will store what it finds there. So the caller must not write to those pages again: it gives them
+    /// up (`MADV_DONTNEED`), which leaves them to the socket and gets new ones.
     async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()>;
 
     /// Makes every write that has completed durable.

@@ -23,6 +23,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::backend::LENT_BYTES;
 use crate::errno::Errno;
 use crate::fuse::abi::{InHeader, Plain};
 use crate::fuse::request::Op;
@@ -145,14 +146,28 @@ impl Memory {
 
     /// Gives back the pages that a burst of large requests left. The payload's content is lost.
     pub fn release(&mut self) {
-        if !self.has_burst_pages() {
-            return;
+        if self.has_burst_pages() {
+            self.give_up_from(KEPT_LEN);
         }
-        let tail = &mut self.bytes_mut()[HEAD_LEN + KEPT_LEN..];
+    }
+
+    /// Gives up all pages of a payload which a backend may have lent to the kernel ([`LENT_BYTES`]). Whatever still
+    /// refers to them keeps them as they are.
+    fn give_up_lent(&mut self) {
+        if self.touched >= LENT_BYTES {
+            self.give_up_from(0);
+        }
+    }
+
+    fn give_up_from(&mut self, offset: usize) {
+        let tail = &mut self.bytes_mut()[HEAD_LEN + offset..];
         // SAFETY: the pages are ours, anonymous and private: they read as zeroes from now on, which is as
         // initialised as before.
-        unsafe { libc::madvise(tail.as_mut_ptr().cast(), tail.len(), libc::MADV_DONTNEED) };
-        self.touched = KEPT_LEN;
+        let done =
+            unsafe { libc::madvise(tail.as_mut_ptr().cast(), tail.len(), libc::MADV_DONTNEED) };
+        // Only a locked or a wrong range is refused (madvise(2)), and this process locks no memory.
+        assert_eq!(done, 0, "madvise: {}", io::Error::last_os_error());
+        self.touched = offset;
     }
 
     /// A 40-byte structure and its like at `offset` of the head.
@@ -228,9 +243,15 @@ impl Slot {
 
     /// Answers with the first so many bytes of the payload, or an error.
     pub fn reply(mut self, result: Result<usize, Errno>) {
-        let mut memory = self.memory.take().expect("an unanswered slot has its memory");
-        if let Ok(len) = result {
-            memory.touch(len);
+        let memory = self.memory.take().expect("an unanswered slot has its memory");
+        self.answer(memory, result);
+    }
+
+    fn answer(&self, mut memory: Memory, result: Result<usize, Errno>) {
+        match result {
+            Ok(len) => memory.touch(len),
+            // What failed may not have come to its end everywhere.
+            Err(_) => memory.give_up_lent(),
         }
         self.home.answer(memory, self.header.unique, result);
     }
@@ -246,7 +267,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         if let Some(memory) = self.memory.take() {
             log::error!("a request (opcode {}) was dropped unanswered", self.header.opcode);
-            self.home.answer(memory, self.header.unique, Err(Errno::EIO));
+            self.answer(memory, Err(Errno::EIO));
         }
     }
 }
@@ -319,6 +340,22 @@ mod tests {
         let mut last = all.pop().unwrap();
         drop(all);
         last.bytes_mut()[0] = 1;
+    }
+
+    #[test]
+    fn pages_of_a_failed_request_are_not_written_to_again() {
+        let home = Rc::new(Recorder::default());
+        let (reader, writer) = crate::sys::pipe(PAYLOAD_LEN).unwrap();
+        let mut slot = slot(&home);
+        slot.payload_mut().fill(7);
+        slot.memory.as_mut().unwrap().touch(PAYLOAD_LEN);
+        assert_eq!(crate::sys::vmsplice(&writer, slot.payload_mut()).unwrap(), PAYLOAD_LEN);
+        slot.reply(Err(Errno::EIO));
+        let mut memory = home.memory.borrow_mut().pop().unwrap();
+        memory.bytes_mut().fill(9);
+        let mut in_pipe = vec![0; PAYLOAD_LEN];
+        assert_eq!(crate::sys::read(&reader, &mut in_pipe).unwrap(), PAYLOAD_LEN);
+        assert!(in_pipe.iter().all(|&byte| byte == 7));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use smol::future::zip;
 
 use super::commands::Commands;
+use super::inflight::Sending;
 use crate::backend::Zero;
 use crate::backend::range_lock::RangeLock;
 
@@ -87,7 +88,7 @@ impl Blocks {
     /// Writes `data` at `offset`; `durable` as for [`Commands::write`].
     pub async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
         if self.commands.minimum() == 1 {
-            return self.commands.write(offset, data, durable).await;
+            return self.commands.write(offset, data, Sending::ByPages, durable).await;
         }
         let parts = self.parts(offset, data.len() as u64);
         let (head, rest) = data.split_at(parts.head as usize);
@@ -108,7 +109,7 @@ impl Blocks {
             return Ok(());
         }
         let _shared = self.lock.shared(offset..offset + data.len() as u64).await;
-        self.commands.write(offset, data, durable).await
+        self.commands.write(offset, data, Sending::ByPages, durable).await
     }
 
     /// Makes the range read as zeroes. `EOPNOTSUPP` as for [`Commands::zero`], and then nothing is
@@ -151,7 +152,7 @@ impl Blocks {
         let _exclusive = self.lock.exclusive(block.clone()).await;
         let mut bytes = self.read_block(block.start).await?;
         change(&mut bytes[within]);
-        self.commands.write(block.start, &bytes, durable).await
+        self.commands.write(block.start, &bytes, Sending::Copied, durable).await
     }
 
     async fn read_block(&self, offset: u64) -> io::Result<Vec<u8>> {

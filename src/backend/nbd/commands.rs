@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use super::connection::Connection;
-use super::inflight::Extent;
+use super::inflight::{Extent, Sending};
 use super::wire::{Command, DEFAULT_MAX_PAYLOAD, FLAG_FUA, FLAG_NO_HOLE, transmission_flag};
 use crate::backend::{Seek, Zero};
 
@@ -71,16 +71,22 @@ impl Commands {
 
     /// Writes `data` at `offset`; with `durable` it is on stable storage when this returns, as far
     /// as the server can do that: by FUA, or else by FLUSH.
-    pub async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+    pub async fn write(
+        &self,
+        offset: u64,
+        data: &[u8],
+        how: Sending,
+        durable: bool,
+    ) -> io::Result<()> {
         let fua = durable && self.has(transmission_flag::SEND_FUA);
         let flags = if fua { FLAG_FUA } else { 0 };
         if data.is_empty() {
             // As above.
         } else if data.len() <= self.max_payload {
-            self.connection.write(offset, data, flags).await?;
+            self.connection.write(offset, data, how, flags).await?;
         } else {
             let pieces = (offset..).step_by(self.max_payload).zip(data.chunks(self.max_payload));
-            all(pieces.map(|(at, piece)| self.connection.write(at, piece, flags))).await?;
+            all(pieces.map(|(at, piece)| self.connection.write(at, piece, how, flags))).await?;
         }
         if durable && !fua { self.flush().await } else { Ok(()) }
     }
@@ -147,7 +153,7 @@ impl Commands {
         let zeroes = vec![0; length.min(WRITTEN_ZEROES) as usize];
         while length > 0 {
             let piece = &zeroes[..length.min(WRITTEN_ZEROES) as usize];
-            self.write(offset, piece, false).await?;
+            self.write(offset, piece, Sending::Copied, false).await?;
             offset += piece.len() as u64;
             length -= piece.len() as u64;
         }

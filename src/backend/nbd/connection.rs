@@ -33,7 +33,7 @@ use smol::lock::Semaphore;
 use socket2::Socket;
 
 use super::dial::{Export, Opened};
-use super::inflight::{Ask, Cookie, Extent, MAX_IN_FLIGHT, Payload, Request, Table};
+use super::inflight::{Ask, Cookie, Extent, MAX_IN_FLIGHT, Payload, Request, Sending, Table};
 use super::replies::Replies;
 use super::requests::Requests;
 use super::stream::{Stream, SystemCalls};
@@ -160,9 +160,15 @@ impl Connection {
     }
 
     /// Writes `data` at `offset`.
-    pub async fn write(&self, offset: u64, data: &[u8], flags: u16) -> io::Result<()> {
+    pub async fn write(
+        &self,
+        offset: u64,
+        data: &[u8],
+        how: Sending,
+        flags: u16,
+    ) -> io::Result<()> {
         let length = data.len() as u64;
-        let payload = Payload::Send(data);
+        let payload = Payload::Send(data, how);
         self.ask(Ask { command: Command::Write, flags, offset, length, payload }).await.map(drop)
     }
 

@@ -35,6 +35,7 @@ use smol::lock::SemaphoreGuard;
 use super::connection::Connection;
 use super::coverage::Coverage;
 use super::wire::{self, Command, Violation};
+use crate::backend::LENT_BYTES;
 
 /// How many requests a connection has in flight at most: more than a FUSE queue has entries, and
 /// few enough for one `sendmsg` (`IOV_MAX` is 1024, and each takes two parts).
@@ -100,9 +101,19 @@ pub enum Payload<'a> {
     /// Neither sent nor received.
     None,
     /// The data of a WRITE.
-    Send(&'a [u8]),
+    Send(&'a [u8], Sending),
     /// Where the data of a READ goes.
     Fill(&'a mut [u8]),
+}
+
+/// How a WRITE's data goes to the socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sending {
+    /// It is copied, and is the caller's again once the request has ended or was dropped.
+    Copied,
+    /// Long data goes by its pages where that is possible. If the request fails or is dropped, they
+    /// must not be written to again: see [`crate::backend::Lane::write`].
+    ByPages,
 }
 
 /// A piece of BLOCK_STATUS's answer.
@@ -130,7 +141,7 @@ impl Cookie {
 
 /// Data of a WRITE that is not fully sent.
 enum Unsent {
-    Lent(Lent),
+    Lent(Lent, Sending),
     /// Its caller has gone.
     Copy(Box<[u8]>),
 }
@@ -208,7 +219,7 @@ impl Table {
         let index = self.free.pop().expect("the semaphore has as many permits as there are slots");
         let (unsent, destination) = match ask.payload {
             Payload::None => (None, None),
-            Payload::Send(data) => (Some(Unsent::Lent(Lent::to_send(data))), None),
+            Payload::Send(data, how) => (Some(Unsent::Lent(Lent::to_send(data), how)), None),
             Payload::Fill(buf) => (None, Some(Lent::to_fill(buf))),
         };
         let slot = &mut self.slots[index];
@@ -268,9 +279,20 @@ impl Table {
     pub fn data_to_send(&self, cookie: Cookie) -> &[u8] {
         let entry = self.slots.get(cookie.index()).and_then(|slot| slot.entry.as_ref());
         match entry.and_then(|entry| entry.unsent.as_ref()) {
-            Some(Unsent::Lent(lent)) => lent.as_slice(),
+            Some(Unsent::Lent(lent, _)) => lent.as_slice(),
             Some(Unsent::Copy(copy)) => copy,
             None => &[],
+        }
+    }
+
+    /// A payload that may go by its pages: lent for that, long enough, and still its caller's.
+    pub fn pages_to_lend(&self, cookie: Cookie) -> Option<&[u8]> {
+        let entry = self.slots.get(cookie.index()).and_then(|slot| slot.entry.as_ref());
+        match entry.and_then(|entry| entry.unsent.as_ref()) {
+            Some(Unsent::Lent(lent, Sending::ByPages)) if lent.len >= LENT_BYTES => {
+                Some(lent.as_slice())
+            }
+            _ => None,
         }
     }
 
@@ -374,7 +396,9 @@ impl Table {
     pub fn complete(&mut self, cookie: Cookie, wakers: &mut Vec<Waker>) -> Result<(), Violation> {
         let entry = self.awaiting(cookie)?;
         if entry.error.is_none() {
-            if entry.command == Command::Read && !entry.coverage.is_full(entry.length) {
+            if entry.unsent.is_some() {
+                entry.fault("comes before all of its data was sent");
+            } else if entry.command == Command::Read && !entry.coverage.is_full(entry.length) {
                 entry.fault("leaves bytes out");
             } else if entry.command == Command::BlockStatus && entry.extents.is_empty() {
                 entry.fault("has no extents");
@@ -428,7 +452,7 @@ impl Table {
         entry.destination = None;
         entry.waker = None;
         // The server has had a part of it, or may already wait for it: the rest must follow.
-        if let Some(Unsent::Lent(lent)) = &entry.unsent {
+        if let Some(Unsent::Lent(lent, _)) = &entry.unsent {
             entry.unsent = Some(Unsent::Copy(lent.as_slice().into()));
         }
         self.settle(cookie);
@@ -590,7 +614,7 @@ pub mod tests {
     fn an_abandoned_write_is_sent_from_a_copy() {
         let mut table = Table::new();
         let data = b"data".to_vec();
-        let payload = Payload::Send(&data);
+        let payload = Payload::Send(&data, Sending::Copied);
         let ask = Ask { command: Command::Write, flags: 0, offset: 0, length: 4, payload };
         // SAFETY: let go before `data` is dropped.
         let cookie = unsafe { table.insert(ask) };

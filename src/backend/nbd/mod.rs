@@ -48,6 +48,7 @@ pub mod error;
 mod handshake;
 mod inflight;
 pub mod info;
+mod pages;
 mod replies;
 mod requests;
 mod stream;

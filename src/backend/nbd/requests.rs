@@ -38,33 +38,56 @@ impl Requests {
         self.front_sent = 0;
     }
 
-    /// Sends what there is, all requests with one system call if the socket has room. False: it has
-    /// none now, and the rest must wait for it.
+    /// Sends what there is: all requests with one system call if the socket has room, but long
+    /// payloads by calls of their own, which do not copy them. False: the socket has no room now, and
+    /// the rest must wait for it.
     pub fn send(&mut self, stream: &mut Stream, table: &mut Table) -> io::Result<bool> {
-        loop {
-            if self.queue.is_empty() {
-                return not_blocked(stream.flush());
-            }
-            let mut parts = Vec::with_capacity(2 * self.queue.len());
-            for (header, cookie) in &self.queue {
-                parts.push(IoSlice::new(header.as_bytes()));
-                match table.data_to_send(*cookie) {
-                    [] => {}
-                    data => parts.push(IoSlice::new(data)),
+        while let Some((header, cookie)) = self.queue.front() {
+            let lent = table.pages_to_lend(*cookie).filter(|_| stream.lends());
+            let went = match (lent, self.front_sent.checked_sub(header.as_bytes().len())) {
+                (Some(payload), Some(at)) => match stream.send_pages(&payload[at..]) {
+                    // They cannot go so: the rest is copied.
+                    Ok(0) => continue,
+                    sent => sent.map(|sent| (sent, false)),
+                },
+                _ => self.send_copies(stream, table),
+            };
+            match went {
+                Ok((0, _)) => return Err(ErrorKind::WriteZero.into()),
+                Ok((sent, full)) => {
+                    self.advance(sent, table);
+                    // Asking again would only bring EAGAIN.
+                    if full {
+                        return Ok(false);
+                    }
                 }
-            }
-            let mut rest = parts.as_mut_slice();
-            IoSlice::advance_slices(&mut rest, self.front_sent);
-            match stream.send(rest) {
-                Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                Ok(sent) => self.advance(sent, table),
                 Err(error) => return not_blocked(Err(error)),
             }
-            // A short send means a full socket; asking again would only bring EAGAIN.
-            if !self.queue.is_empty() && stream.short_means_full() {
-                return Ok(false);
+        }
+        not_blocked(stream.flush())
+    }
+
+    /// Sends requests up to the first payload that can be lent. How many bytes went, and whether the
+    /// socket is full now.
+    fn send_copies(&self, stream: &mut Stream, table: &Table) -> io::Result<(usize, bool)> {
+        let mut parts = Vec::with_capacity(2 * self.queue.len());
+        let mut payload_follows = false;
+        for (header, cookie) in &self.queue {
+            parts.push(IoSlice::new(header.as_bytes()));
+            payload_follows = stream.lends() && table.pages_to_lend(*cookie).is_some();
+            if payload_follows {
+                break;
+            }
+            match table.data_to_send(*cookie) {
+                [] => {}
+                data => parts.push(IoSlice::new(data)),
             }
         }
+        let mut rest = parts.as_mut_slice();
+        IoSlice::advance_slices(&mut rest, self.front_sent);
+        let length: usize = rest.iter().map(|part| part.len()).sum();
+        let sent = stream.send(rest, payload_follows)?;
+        Ok((sent, sent < length && stream.short_means_full()))
     }
 
     fn advance(&mut self, sent: usize, table: &mut Table) {

@@ -9,6 +9,7 @@ use smol::future::{or, poll_once, zip};
 
 use super::super::connection::Connection;
 use super::super::inflight::Extent;
+use super::super::inflight::Sending::{ByPages, Copied};
 use super::super::wire::{Command, Headers};
 use super::peer::{CONTEXT, chunk, connection, drive};
 
@@ -127,8 +128,8 @@ fn an_error_fails_its_request_alone() {
     drive(&connection, async |_| {
         assert_eq!(errno(connection.read(0, &mut [0; 100]).await), libc::ENOSPC);
         assert_eq!(errno(connection.read(0, &mut [0; 100]).await), libc::EIO);
-        assert_eq!(errno(connection.write(0, &[0; 100], 0).await), libc::EPERM);
-        connection.write(0, &[0; 100], 0).await.unwrap();
+        assert_eq!(errno(connection.write(0, &[0; 100], Copied, 0).await), libc::EPERM);
+        connection.write(0, &[0; 100], Copied, 0).await.unwrap();
     });
     assert!(!connection.is_lost());
     peer.join().unwrap();
@@ -220,7 +221,7 @@ fn a_dropped_write_still_arrives_whole() {
     let (connection, peer) = connection(Headers::Structured, move |mut peer| {
         told.recv().unwrap();
         let seen = peer.request().unwrap();
-        assert_eq!(seen.data, vec![5; length]);
+        assert!(seen.data == vec![5; length]);
         peer.done(seen.cookie);
         let seen = peer.request().unwrap();
         assert_eq!(seen.data, [6; 3]);
@@ -228,15 +229,65 @@ fn a_dropped_write_still_arrives_whole() {
     });
     drive(&connection, async |_| {
         let data = vec![5; length];
-        let mut write = Box::pin(connection.write(0, &data, 0));
+        let mut write = Box::pin(connection.write(0, &data, Copied, 0));
         assert!(poll_once(write.as_mut()).await.is_none());
         // Time for the first part to fill the socket.
         Timer::after(Duration::from_millis(50)).await;
         drop(write);
         drop(data);
         tell.send(()).unwrap();
-        connection.write(0, &[6; 3], 0).await.unwrap();
+        connection.write(0, &[6; 3], Copied, 0).await.unwrap();
     });
+    peer.join().unwrap();
+}
+
+#[test]
+fn writes_by_their_pages_arrive_whole_and_in_order() {
+    let length = 4 << 20;
+    let (tell, told) = mpsc::channel();
+    let (connection, peer) = connection(Headers::Structured, move |mut peer| {
+        told.recv().unwrap();
+        for byte in [5, 6, 7, 8] {
+            let seen = peer.request().unwrap();
+            assert!(seen.data == vec![byte; seen.data.len()] && seen.offset == u64::from(byte));
+            peer.done(seen.cookie);
+        }
+    });
+    drive(&connection, async |_| {
+        let (dropped, long) = (vec![5; length], vec![6; length]);
+        let mut write = Box::pin(connection.write(5, &dropped, ByPages, 0));
+        assert!(poll_once(write.as_mut()).await.is_none());
+        // Time for the first part to fill the socket, and the pipe before it.
+        Timer::after(Duration::from_millis(50)).await;
+        drop(write);
+        tell.send(()).unwrap();
+        let last = vec![8; length];
+        let others =
+            zip(connection.write(7, &[7; 3], ByPages, 0), connection.write(8, &last, ByPages, 0));
+        let (long, (short, last)) = zip(connection.write(6, &long, ByPages, 0), others).await;
+        long.and(short).and(last).unwrap();
+        // Its pages were lent, and this write was dropped: they are not given to others before the end.
+        drop(dropped);
+    });
+    peer.join().unwrap();
+}
+
+#[test]
+fn a_write_that_was_not_sent_has_not_succeeded() {
+    let (tell, told) = mpsc::channel();
+    let (connection, peer) = connection(Headers::Structured, move |mut peer| {
+        use std::io::Read;
+        let mut header = [0; 28];
+        peer.socket.read_exact(&mut header).unwrap();
+        peer.done(u64::from_be_bytes(header[8..16].try_into().unwrap()));
+        told.recv().unwrap();
+    });
+    drive(&connection, async |_| {
+        let data = vec![5; 4 << 20];
+        assert_eq!(errno(connection.write(0, &data, ByPages, 0).await), libc::EIO);
+        assert!(!connection.is_lost());
+    });
+    tell.send(()).unwrap();
     peer.join().unwrap();
 }
 
@@ -253,15 +304,15 @@ fn an_answer_before_the_last_byte_was_sent_is_an_answer() {
         std::thread::sleep(Duration::from_millis(50));
         let mut data = vec![0; length];
         peer.socket.read_exact(&mut data).unwrap();
-        assert_eq!(data, vec![5; length]);
+        assert!(data == vec![5; length]);
         let seen = peer.request().unwrap();
         peer.done(seen.cookie);
     });
     drive(&connection, async |_| {
         let data = vec![5; length];
-        assert_eq!(errno(connection.write(0, &data, 0).await), libc::ENOSPC);
+        assert_eq!(errno(connection.write(0, &data, Copied, 0).await), libc::ENOSPC);
         drop(data);
-        connection.write(0, &[6; 3], 0).await.unwrap();
+        connection.write(0, &[6; 3], Copied, 0).await.unwrap();
     });
     peer.join().unwrap();
 }
@@ -276,7 +327,7 @@ fn a_server_that_hangs_up_fails_all_requests_present_and_future() {
         let (mut a, mut b) = ([0; 10], [0; 10]);
         let (a, b) = zip(connection.read(0, &mut a), connection.read(0, &mut b)).await;
         assert_eq!((errno(a), errno(b)), (libc::EIO, libc::EIO));
-        assert_eq!(errno(connection.write(0, &[1], 0).await), libc::EIO);
+        assert_eq!(errno(connection.write(0, &[1], Copied, 0).await), libc::EIO);
     });
     assert!(connection.is_lost());
     peer.join().unwrap();
