@@ -179,8 +179,12 @@ impl<B: Backend> Export<B> {
         }
         let written = lane.write(offset, &data[..len], durable).await;
         self.note_modified();
-        written?;
-        Ok(Reply::Written(len as u32))
+        match written {
+            // Its own sync may have met, and used up, the report of what others have lost.
+            Err(e) if durable => Err(self.flush_has_failed("durable write", e)),
+            Err(e) => Err(e.into()),
+            Ok(()) => Ok(Reply::Written(len as u32)),
+        }
     }
 
     /// How many of `len` bytes at `offset` lie before the end.
@@ -205,13 +209,16 @@ impl<B: Backend> Export<B> {
     }
 
     async fn flush(&self, lane: &B::Lane) -> Result<(), Errno> {
-        lane.flush().await.map_err(|e| {
-            log::error!("flush: {e}");
-            self.flush_failed.store(true, Ordering::Release);
-            let errno = Errno::from(e);
-            self.open_files.failed(errno);
-            errno
-        })
+        lane.flush().await.map_err(|e| self.flush_has_failed("flush", e))
+    }
+
+    /// Sees to it that every open file hears of it, and the exit status.
+    fn flush_has_failed(&self, what: &str, error: std::io::Error) -> Errno {
+        log::error!("{what}: {error}");
+        self.flush_failed.store(true, Ordering::Release);
+        let errno = Errno::from(error);
+        self.open_files.failed(errno);
+        errno
     }
 
     /// The flush at the end, when nobody is served any more.

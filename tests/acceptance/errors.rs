@@ -1,7 +1,7 @@
 //! What a broken disk looks like from outside.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use libc::{EIO, ENOSPC, EPERM};
@@ -99,6 +99,20 @@ pub fn flush_reaches_the_disk_and_its_failure_the_exit_status(case: &Case) {
         assert!([Some(EIO), Some(ENOSPC)].contains(&errno), "{errno:?}");
     }
     by_fsync.stop(libc::SIGTERM).assert(1, &[&device.0, "flush"]);
+
+    // Written back, and lost, before anyone flushed; then a durable write is the first to be told.
+    let mut by_durable_write = export(case, Path::new(&device.0), &[]);
+    let open = |flags| {
+        let path = by_durable_write.file();
+        File::options().write(true).custom_flags(flags).open(path).unwrap()
+    };
+    let (file, durable) = (open(0), open(libc::O_DSYNC));
+    file.write_all_at(&noise(8, 1 << 20), 2 << 20).unwrap();
+    File::open(&device.0).unwrap().sync_all().unwrap_err();
+    durable.write_at(&[1; 4096], 0).unwrap_err();
+    file.sync_all().unwrap_err();
+    drop((file, durable));
+    by_durable_write.stop(libc::SIGTERM).assert(1, &[&device.0, "flush"]);
 
     let mut by_close = export(case, Path::new(&device.0), &[]);
     let dd = ["if=/dev/urandom", "bs=64k", "seek=16", "count=16", "conv=notrunc"];
