@@ -39,7 +39,6 @@ pub struct Export<B> {
     /// Something was written since `attributes` last took note. Writers only set it, so that they share
     /// a cache line which hardly ever changes.
     modified: AtomicBool,
-    flush_failed: AtomicBool,
     open_files: OpenFiles,
     closed: Arc<AtomicBool>,
 }
@@ -95,7 +94,6 @@ impl<B: Backend> Export<B> {
             policy,
             attributes: Mutex::new(attributes),
             modified: AtomicBool::new(false),
-            flush_failed: AtomicBool::new(false),
             open_files: OpenFiles::default(),
             closed,
         })
@@ -114,7 +112,7 @@ impl<B: Backend> Export<B> {
     /// Whether a flush has failed: data that a client believes written may be lost, so the exit status
     /// must say so.
     pub fn flush_failed(&self) -> bool {
-        self.flush_failed.load(Ordering::Acquire)
+        self.open_files.any_failure()
     }
 
     /// Carries out `op`. A WRITE's data is at the front of `payload`; a READ's goes there.
@@ -215,7 +213,6 @@ impl<B: Backend> Export<B> {
     /// Sees to it that every open file hears of it, and the exit status.
     fn flush_has_failed(&self, what: &str, error: std::io::Error) -> Errno {
         log::error!("{what}: {error}");
-        self.flush_failed.store(true, Ordering::Release);
         let errno = Errno::from(error);
         self.open_files.failed(errno);
         errno

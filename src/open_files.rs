@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use crate::errno::Errno;
 
-/// All open files of an export. Off the data path: only open, close and flushes come here.
+/// All open files of an export. Off the data path: only open, close, flushes and failed durable writes come here.
 #[derive(Debug, Default)]
 pub struct OpenFiles(Mutex<State>);
 
@@ -46,11 +46,16 @@ impl OpenFiles {
         self.lock().told.remove(&handle);
     }
 
-    /// A flush has failed: every open file has to know.
+    /// A flush or a durable write has failed: every open file has to know.
     pub fn failed(&self, errno: Errno) {
         let mut state = self.lock();
         state.failures += 1;
         state.last_failure = Some(errno);
+    }
+
+    /// Whether there has been any failure, told or not.
+    pub fn any_failure(&self) -> bool {
+        self.lock().failures > 0
     }
 
     /// What a close has to say: the failure that the file has not been told of. It does not count as told.

@@ -275,10 +275,13 @@ impl Table {
         self.direct_reads > 0
     }
 
+    fn unsent(&self, cookie: Cookie) -> Option<&Unsent> {
+        self.slots.get(cookie.index())?.entry.as_ref()?.unsent.as_ref()
+    }
+
     /// The data that follows the request's header on the wire.
     pub fn data_to_send(&self, cookie: Cookie) -> &[u8] {
-        let entry = self.slots.get(cookie.index()).and_then(|slot| slot.entry.as_ref());
-        match entry.and_then(|entry| entry.unsent.as_ref()) {
+        match self.unsent(cookie) {
             Some(Unsent::Lent(lent, _)) => lent.as_slice(),
             Some(Unsent::Copy(copy)) => copy,
             None => &[],
@@ -287,8 +290,7 @@ impl Table {
 
     /// A payload that may go by its pages: lent for that, long enough, and still its caller's.
     pub fn pages_to_lend(&self, cookie: Cookie) -> Option<&[u8]> {
-        let entry = self.slots.get(cookie.index()).and_then(|slot| slot.entry.as_ref());
-        match entry.and_then(|entry| entry.unsent.as_ref()) {
+        match self.unsent(cookie) {
             Some(Unsent::Lent(lent, Sending::ByPages)) if lent.len >= LENT_BYTES => {
                 Some(lent.as_slice())
             }
