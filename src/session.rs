@@ -41,8 +41,7 @@ const WANTED: u64 = init::ASYNC_READ
 
 /// Entries of each ring queue, unless the user says otherwise: between these, and all queues together as
 /// many as [`RING_REQUESTS`]. The kernel's queue is that of the submitter's CPU and spills to no other, so a
-/// queue needs what one client keeps in flight. A queue has few of them until it runs dry; each maps 1 MiB, of
-/// which pages become resident when they are used.
+/// queue needs what one client keeps in flight. Each maps 1 MiB, of which pages become resident when they are used.
 const RING_DEPTHS: (usize, usize) = (16, 128);
 /// See [`RING_DEPTHS`].
 const RING_REQUESTS: usize = 1024;

@@ -180,7 +180,6 @@ impl FileBackend {
         };
         Ok(FileBackend {
             file: Arc::new(file),
-            direct,
             medium: if in_memory { Medium::Memory } else { Medium::Cached },
             is_device,
             is_memory: false,
@@ -188,7 +187,9 @@ impl FileBackend {
                 read_only,
                 resizable: !is_device && !read_only,
                 preferred_io_bytes: preferred,
+                waits: direct.is_some(),
             },
+            direct,
             size: AtomicU64::new(size),
         })
     }

@@ -30,6 +30,8 @@ pub struct Capabilities {
     pub resizable: bool,
     /// The I/O size that the source prefers, in bytes; reported as `st_blksize`.
     pub preferred_io_bytes: u32,
+    /// Requests wait for a device or another host, rather than being copies within this machine's memory.
+    pub waits: bool,
 }
 
 /// The time stamps and the allocation of a source, as `stat` shows them.

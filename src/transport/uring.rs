@@ -44,7 +44,9 @@ use crate::fuse::abi::{InHeader, OutHeader, UringEntInOut, uring_header};
 use crate::io::Io;
 use crate::stats::ThreadStats;
 
-/// Entries of a queue to begin with. It gets more when it runs dry.
+/// Entries of a queue to begin with, where the backend only copies: it gets more when it runs dry, and few large buffers
+/// stay in the cache. A backend that waits has all from the start: an entry that is registered late takes new
+/// requests only, and those that the kernel keeps already wait until others are answered.
 const FIRST_ENTRIES: usize = 4;
 
 /// Waiting requests that are resumed in one turn, before what they pushed goes out: all that are ready ...
@@ -97,7 +99,8 @@ impl<B: Backend> Queue<B> {
     ) -> io::Result<()> {
         // A session that has gone away does not listen; `proceed` says the same.
         let report = |p| drop(progress.send(p));
-        let first = self.depth.min(FIRST_ENTRIES);
+        let waits = self.export.backend().capabilities().waits;
+        let first = if waits { self.depth } else { self.depth.min(FIRST_ENTRIES) };
         let set_up = || Ok((Ring::new(self.depth as u32)?, Memory::allocate(self.qid, first)?));
         let (ring, memory) = match set_up() {
             Ok(done) => done,

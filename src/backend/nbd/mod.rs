@@ -222,6 +222,7 @@ impl Backend for NbdBackend {
             read_only: self.export.has(transmission_flag::READ_ONLY),
             resizable: false,
             preferred_io_bytes: self.export.block_sizes.preferred,
+            waits: true,
         }
     }
 
