@@ -130,7 +130,7 @@ impl Channel {
                         in_a_row = 0;
                         // Those that wait for their backend get their turn.
                         future::yield_now().await;
-                        if poller.idle() {
+                        if poller.idle(|| 0) {
                             continue;
                         }
                         stats.sleeps.add(1);

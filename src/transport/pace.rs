@@ -32,32 +32,41 @@ pub struct Poller {
     enabled: bool,
     score: i32,
     sleeps: u32,
-    /// The end of the poll under way.
-    until: Option<Instant>,
+    /// The poll under way: its end, and what `elsewhere` was at its beginning.
+    under_way: Option<(Instant, usize)>,
 }
 
 impl Poller {
     /// One that polls if `enabled`, and else always sleeps.
     pub fn new(enabled: bool) -> Poller {
-        Poller { enabled, score: 0, sleeps: 0, until: None }
+        Poller { enabled, score: 0, sleeps: 0, under_way: None }
     }
 
-    /// Nothing is there: whether to look again, rather than sleep.
-    pub fn idle(&mut self) -> bool {
-        if let Some(until) = self.until {
+    /// Nothing is there: whether to look again, rather than sleep. `elsewhere` counts the requests that other threads
+    /// have met so far.
+    ///
+    /// A poll is not in vain if the client has only moved to another CPU: it is the poll that keeps it there, as no CPU
+    /// is idle for it to be woken on. Were it held against polling, no thread would poll any more, and the client
+    /// would move with each request.
+    pub fn idle(&mut self, elsewhere: impl Fn() -> usize) -> bool {
+        if let Some((until, before)) = self.under_way {
             if Instant::now() < until {
                 // The client may be waiting for this very CPU: a poll that kept it would meet nobody. On an idle
                 // CPU this is a short system call.
                 std::thread::yield_now();
                 return true;
             }
-            self.until = None;
-            self.score = (self.score - 2).max(WORST);
+            self.under_way = None;
+            self.score = if elsewhere() == before {
+                (self.score - 2).max(WORST)
+            } else {
+                self.score.max((self.score + 1).min(0))
+            };
             return false;
         }
         self.sleeps = self.sleeps.wrapping_add(1);
         if self.enabled && (self.score >= 0 || self.sleeps.is_multiple_of(PROBE)) {
-            self.until = Some(Instant::now() + POLL);
+            self.under_way = Some((Instant::now() + POLL, elsewhere()));
             return true;
         }
         false
@@ -65,7 +74,7 @@ impl Poller {
 
     /// A request is there.
     pub fn busy(&mut self) {
-        if self.until.take().is_some() {
+        if self.under_way.take().is_some() {
             self.score = (self.score + 1).min(BEST);
         }
     }
@@ -129,14 +138,18 @@ impl Pin {
 mod tests {
     use super::*;
 
-    /// Polls in vain until it would sleep; whether there was a poll at all.
-    fn polls_in_vain(poller: &mut Poller) -> bool {
-        let polled = poller.idle();
+    /// Polls in vain until it would sleep, while others meet so many requests; whether there was a poll at all.
+    fn polls_while_others_meet(poller: &mut Poller, requests: usize) -> bool {
+        let polled = poller.idle(|| 0);
         if polled {
-            poller.until = Some(Instant::now());
-            assert!(!poller.idle());
+            poller.under_way = Some((Instant::now(), 0));
+            assert!(!poller.idle(|| requests));
         }
         polled
+    }
+
+    fn polls_in_vain(poller: &mut Poller) -> bool {
+        polls_while_others_meet(poller, 0)
     }
 
     #[test]
@@ -151,19 +164,35 @@ mod tests {
         let mut poller = Poller::new(true);
         (0..100).for_each(|_| _ = polls_in_vain(&mut poller));
         for _ in 0..WORST.unsigned_abs() * PROBE {
-            if poller.idle() {
+            if poller.idle(|| 0) {
                 poller.busy();
             }
         }
         for _ in 0..10 {
-            assert!(poller.idle());
+            assert!(poller.idle(|| 0));
             poller.busy();
         }
     }
 
     #[test]
+    fn a_client_that_moves_keeps_it_polling() {
+        let mut poller = Poller::new(true);
+        assert!((0..1000).all(|_| polls_while_others_meet(&mut poller, 1)));
+    }
+
+    #[test]
+    fn a_client_that_moves_brings_polling_back() {
+        let mut poller = Poller::new(true);
+        (0..100).for_each(|_| _ = polls_in_vain(&mut poller));
+        for _ in 0..WORST.unsigned_abs() * PROBE {
+            polls_while_others_meet(&mut poller, 1);
+        }
+        assert!(polls_while_others_meet(&mut poller, 1));
+    }
+
+    #[test]
     fn never_polls_when_disabled() {
         let mut poller = Poller::new(false);
-        assert!((0..1000).all(|_| !poller.idle()));
+        assert!((0..1000).all(|_| !poller.idle(|| 0)));
     }
 }

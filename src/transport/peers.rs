@@ -32,6 +32,8 @@ struct Peer {
     requests: Sender<Memory>,
     /// Large requests that it has been given and has not answered.
     load: AtomicUsize,
+    /// Requests that have arrived on its ring. Only it writes.
+    arrivals: AtomicUsize,
 }
 
 impl Peers {
@@ -41,7 +43,10 @@ impl Peers {
         let (peers, receivers) = (0..queues)
             .map(|_| {
                 let (requests, receiver) = channel::bounded(queues * depth);
-                (Peer { requests, load: AtomicUsize::new(0) }, receiver)
+                (
+                    Peer { requests, load: AtomicUsize::new(0), arrivals: AtomicUsize::new(0) },
+                    receiver,
+                )
             })
             .unzip();
         (Arc::new(Peers(peers)), receivers)
@@ -50,6 +55,8 @@ impl Peers {
     /// Takes the request that has arrived in `memory` at the thread of queue `here` to the thread that serves
     /// it. Whether that is another one.
     pub fn route(&self, here: usize, memory: Memory) -> bool {
+        let arrivals = &self.0[here].arrivals;
+        arrivals.store(arrivals.load(Relaxed).wrapping_add(1), Relaxed);
         let large = is_large(&memory);
         let there = if large { self.least_loaded(here) } else { usize::from(memory.queue()) };
         let Err(memory) = self.send(there, memory, large) else { return there != here };
@@ -64,6 +71,12 @@ impl Peers {
         if is_large(memory) {
             self.0[here].load.fetch_sub(1, Relaxed);
         }
+    }
+
+    /// How many requests have arrived so far on the rings of the other threads than that of queue `here`.
+    pub fn arrivals_elsewhere(&self, here: usize) -> usize {
+        let others = self.0.iter().enumerate().filter(|(peer, _)| *peer != here);
+        others.map(|(_, peer)| peer.arrivals.load(Relaxed)).fold(0, usize::wrapping_add)
     }
 
     /// Whether the thread of queue `here` has been given requests that its handlers have not seen.

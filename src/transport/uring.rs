@@ -240,7 +240,10 @@ impl<B: Backend> Loop<B> {
             }
             if self.reap(&mut pin)? {
                 poller.busy();
-            } else if !self.doorbell.is_rung() && !poller.idle() && self.doorbell.may_sleep() {
+            } else if !self.doorbell.is_rung()
+                && !poller.idle(|| self.peers.arrivals_elsewhere(self.here))
+                && self.doorbell.may_sleep()
+            {
                 self.stats.sleeps.add(1);
                 // After large requests a first, short sleep; if nothing comes, their pages go.
                 let large = self.entries.has_burst_pages();
