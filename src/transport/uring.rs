@@ -143,7 +143,7 @@ impl<B: Backend> Queue<B> {
             here,
         };
         let arrivals = serve(server.clone(), self.requests, Rc::new(home));
-        let handlers = in_turns(ring.clone(), executor, arrivals);
+        let handlers = in_turns(ring.clone(), executor, arrivals, waits);
         Loop {
             ring,
             entries,
@@ -152,6 +152,7 @@ impl<B: Backend> Queue<B> {
             server,
             peers: self.peers,
             here,
+            waits,
             doorbell,
             stats: self.stats,
         }
@@ -164,6 +165,7 @@ async fn in_turns(
     ring: Rc<Ring>,
     executor: Rc<LocalExecutor<'static>>,
     arrivals: impl Future<Output = ()>,
+    waits: bool,
 ) {
     let mut arrivals = pin!(arrivals);
     let mut waited = pin!(executor.tick());
@@ -174,7 +176,7 @@ async fn in_turns(
             // An error shows at the loop's own enter.
             let _ = ring.enter(false);
         }
-        let turn = if ring.does_io() { SHORT_TURN } else { LONG_TURN };
+        let turn = if waits && ring.does_io() { SHORT_TURN } else { LONG_TURN };
         for _ in 0..turn {
             if waited.as_mut().poll(cx).is_pending() {
                 return ended;
@@ -207,6 +209,8 @@ struct Loop<B: Backend> {
     server: Rc<Server<B>>,
     peers: Arc<Peers>,
     here: usize,
+    /// See [`Capabilities::waits`](crate::backend::Capabilities::waits).
+    waits: bool,
     doorbell: Arc<Doorbell>,
     stats: Arc<ThreadStats>,
 }
@@ -233,8 +237,10 @@ impl<B: Backend> Loop<B> {
             // What was pushed goes out first; often the next requests are there already.
             if self.ring.has_unsubmitted() || self.ring.has_work() {
                 self.ring.enter(false)?;
-                if self.ring.does_io() && self.server.in_flight() > 0 {
-                    // A client that was just answered may be waiting for this very CPU to ask for more.
+                if self.waits && self.ring.does_io() && self.server.in_flight() > 0 {
+                    // A client that was just answered may be waiting for this very CPU to ask for more. Only for a disk: each
+                    // yield sets the scheduler's clock forward, and tasks that wake late, the kernel's that write
+                    // back among them, pay for it.
                     std::thread::yield_now();
                 }
             }
