@@ -214,6 +214,14 @@ fn a_dropped_read_is_drained_and_its_buffer_is_not_touched() {
     }
 }
 
+/// Begins a long write, and drops it when some of it has been sent.
+async fn drop_half_sent(write: impl Future<Output = std::io::Result<()>>) {
+    let mut write = Box::pin(write);
+    assert!(poll_once(write.as_mut()).await.is_none());
+    // Time for the first part to fill the socket, and the pipe before it.
+    Timer::after(Duration::from_millis(50)).await;
+}
+
 #[test]
 fn a_dropped_write_still_arrives_whole() {
     let length = 4 << 20;
@@ -229,11 +237,7 @@ fn a_dropped_write_still_arrives_whole() {
     });
     drive(&connection, async |_| {
         let data = vec![5; length];
-        let mut write = Box::pin(connection.write(0, &data, Copied, 0));
-        assert!(poll_once(write.as_mut()).await.is_none());
-        // Time for the first part to fill the socket.
-        Timer::after(Duration::from_millis(50)).await;
-        drop(write);
+        drop_half_sent(connection.write(0, &data, Copied, 0)).await;
         drop(data);
         tell.send(()).unwrap();
         connection.write(0, &[6; 3], Copied, 0).await.unwrap();
@@ -255,11 +259,7 @@ fn writes_by_their_pages_arrive_whole_and_in_order() {
     });
     drive(&connection, async |_| {
         let (dropped, long) = (vec![5; length], vec![6; length]);
-        let mut write = Box::pin(connection.write(5, &dropped, ByPages, 0));
-        assert!(poll_once(write.as_mut()).await.is_none());
-        // Time for the first part to fill the socket, and the pipe before it.
-        Timer::after(Duration::from_millis(50)).await;
-        drop(write);
+        drop_half_sent(connection.write(5, &dropped, ByPages, 0)).await;
         tell.send(()).unwrap();
         let last = vec![8; length];
         let others =
