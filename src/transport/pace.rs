@@ -25,6 +25,8 @@ const PROBE: u32 = 64;
 const SMALL_BATCH: usize = 2 * 16;
 /// See [`SMALL_BATCH`].
 const LARGE_BATCH: usize = 4 * 16;
+/// A queue has several clients if two of so many requests that follow each other came from different ones.
+const SHARED_WITHIN: usize = 256;
 
 /// Decides for one thread, whenever it has nothing to do, whether to look again or to sleep.
 #[derive(Debug)]
@@ -101,28 +103,54 @@ pub fn unpin() {
 /// Decides where a queue's thread runs: on its queue's CPU while it has a request or two at a time, since
 /// there the client's data is in the cache and no other CPU has to be woken; anywhere once there are more, so
 /// that the client goes on submitting while they are served.
+///
+/// But busy clients that share a CPU say that there is none idle, or the scheduler would have moved one there. Then all
+/// threads stay at home: one that left would take another CPU's time and drive its clients away, and one queue
+/// would have all the work while its clients' data is in another CPU's cache. Clients that sleep until a disk
+/// or a server answers say nothing of the kind.
 pub struct Pin {
     home: CpuSet,
     anywhere: Option<&'static CpuSet>,
     pinned: bool,
     /// A moving average of the requests at once, times 16.
     average: usize,
+    /// The thread that made the last request, and how many it has made since another's.
+    client: u32,
+    in_a_row: usize,
 }
 
 impl Pin {
     /// For the queue of `cpu`; never pins where this thread may not run there.
     pub fn new(cpu: usize) -> Pin {
         let anywhere = anywhere().filter(|set| set.contains(cpu));
-        Pin { home: CpuSet::only(cpu), anywhere, pinned: false, average: 16 }
+        Pin {
+            home: CpuSet::only(cpu),
+            anywhere,
+            pinned: false,
+            average: 16,
+            client: 0,
+            in_a_row: SHARED_WITHIN,
+        }
+    }
+
+    /// The thread `client` has made a request that does not wait for anything.
+    pub fn request_of(&mut self, client: u32) {
+        if client == self.client {
+            self.in_a_row = self.in_a_row.saturating_add(1);
+        } else {
+            (self.client, self.in_a_row) = (client, 0);
+        }
     }
 
     /// So many requests came, or wait for the backend, at once.
     pub fn batch(&mut self, requests: usize) {
         let Some(anywhere) = self.anywhere else { return };
         self.average = (self.average * 15 + requests * 16) / 16;
+        let is_shared = self.in_a_row < SHARED_WITHIN;
         // Two thresholds, or it would move for ever between them.
-        let pin =
+        let is_small =
             if self.pinned { self.average <= LARGE_BATCH } else { self.average <= SMALL_BATCH };
+        let pin = is_small || is_shared;
         if pin != self.pinned {
             let set = if pin { &self.home } else { anywhere };
             // A CPU may go offline: then the thread stays where it is.
@@ -188,6 +216,31 @@ mod tests {
             polls_while_others_meet(&mut poller, 1);
         }
         assert!(polls_while_others_meet(&mut poller, 1));
+    }
+
+    /// Whether the last of so many batches of `requests` leaves the thread pinned, each made by the next of `clients`.
+    fn is_pinned_by(requests: usize, clients: &[u32]) -> bool {
+        let mut pin = Pin::new(0);
+        for client in clients.iter().cycle().take(100) {
+            (0..requests).for_each(|_| pin.request_of(*client));
+            pin.batch(requests);
+        }
+        pin.pinned
+    }
+
+    #[test]
+    fn stays_at_home_for_small_batches_and_for_several_clients() {
+        if !CpuSet::current().unwrap().contains(0) {
+            return println!("skipped: not allowed on CPU 0");
+        }
+        // On a thread of its own, which it pins.
+        std::thread::spawn(|| {
+            assert!(is_pinned_by(1, &[7]));
+            assert!(!is_pinned_by(64, &[7]));
+            assert!(is_pinned_by(64, &[7, 8]));
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

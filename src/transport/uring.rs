@@ -271,6 +271,9 @@ impl<B: Backend> Loop<B> {
         let reaped = self.entries.reap(|completed| {
             if let Ok(memory) = completed {
                 requests += 1;
+                if !self.waits {
+                    pin.request_of(memory.head_struct::<InHeader>(uring_header::IN_OUT).pid);
+                }
                 small |= !peers::is_large(&memory);
                 if self.peers.route(self.here, memory) {
                     self.stats.handed_over.add(1);
