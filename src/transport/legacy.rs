@@ -113,7 +113,7 @@ impl Channel {
         stats: &ThreadStats,
     ) -> io::Result<()> {
         loop {
-            let turn = baton.lock().await;
+            let turn = self.wait(server, baton.lock()).await;
             let mut in_a_row = 0;
             let long = loop {
                 let memory = self.free_memory().await;
@@ -134,7 +134,7 @@ impl Channel {
                             continue;
                         }
                         stats.sleeps.add(1);
-                        self.wait(server).await?;
+                        self.wait(server, self.device.readable()).await?;
                     }
                     Err(Stop::Ended) => return Ok(()),
                     Err(Stop::Failed(e)) => return Err(e),
@@ -206,21 +206,22 @@ impl Channel {
         }
     }
 
-    /// Sleeps until there is a request. After large ones a first, short sleep; if nothing comes, their pages go.
-    async fn wait<B: Backend>(&self, server: &Server<B>) -> io::Result<()> {
-        if self.free.borrow().iter().any(Memory::has_burst_pages) {
+    /// Waits for `event`: a request, or the turn to wait for one. When a burst of large ones is over, their pages go.
+    async fn wait<B: Backend, T>(&self, server: &Server<B>, event: impl Future<Output = T>) -> T {
+        let mut event = pin!(event);
+        while self.free.borrow().iter().any(Memory::has_burst_pages) {
             let over = async {
                 Timer::after(BURST_OVER).await;
-                Ok(false)
+                None
             };
-            if future::or(async { self.device.readable().await.map(|()| true) }, over).await? {
-                return Ok(());
+            if let Some(done) = future::or(async { Some(event.as_mut().await) }, over).await {
+                return done;
             }
             if server.in_flight() == 0 {
                 self.free.borrow_mut().iter_mut().for_each(Memory::release);
             }
         }
-        self.device.readable().await
+        event.await
     }
 
     fn put_back(&self, memory: Memory) {
