@@ -105,6 +105,9 @@ impl<B: Backend> Server<B> {
             Op::Write { size, .. } => {
                 self.stats.writes.add(1);
                 self.stats.write_bytes.add(u64::from(size));
+                if self.export.backend().capabilities().waits {
+                    slot.gather_long_payload();
+                }
             }
             _ => self.stats.others.add(1),
         }

@@ -257,7 +257,9 @@ impl<B: Backend> Loop<B> {
                     if large { self.ring.enter_for(BURST_OVER) } else { self.ring.enter(true) };
                 self.doorbell.awake();
                 entered?;
-                if !self.reap(&mut pin)? && large && self.server.in_flight() == 0 {
+                let quiet = !self.reap(&mut pin)? && self.server.in_flight() == 0;
+                // An answer that is not submitted is still in its entry's pages.
+                if quiet && large && !self.ring.has_unsubmitted() {
                     self.entries.give_back_pages();
                 }
             }
