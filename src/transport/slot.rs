@@ -49,6 +49,8 @@ struct Arena {
     len: usize,
     /// Some of it has been moved to huge pages.
     has_huge: AtomicBool,
+    /// There are none to be had.
+    no_huge: AtomicBool,
 }
 
 // SAFETY: an arena is an address and a length, and gives no access to what is there but by its `Memory`s.
@@ -74,7 +76,8 @@ impl Arena {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).expect("mmap does not return null unasked");
-        let arena = Arena { base, len, has_huge: AtomicBool::new(false) };
+        let arena =
+            Arena { base, len, has_huge: AtomicBool::new(false), no_huge: AtomicBool::new(false) };
         // SAFETY: the range is the mapping just made. Huge pages would make a 4 KiB request resident as
         // 2 MiB; a kernel without them says EINVAL, which is as good.
         unsafe { libc::madvise(arena.base.as_ptr().cast(), len, libc::MADV_NOHUGEPAGE) };
@@ -149,7 +152,8 @@ impl Memory {
 
     /// Moves the memory to huge pages, until it is released.
     fn gather(&mut self) {
-        if std::mem::replace(&mut self.gathered, true) {
+        if std::mem::replace(&mut self.gathered, true) || self.arena.no_huge.load(Ordering::Relaxed)
+        {
             return;
         }
         self.arena.has_huge.store(true, Ordering::Relaxed);
@@ -157,14 +161,24 @@ impl Memory {
         let head = self.head.as_ptr() as usize;
         let from = (head / HUGE_LEN * HUGE_LEN).max(arena);
         let to = (head + STRIDE).next_multiple_of(HUGE_LEN).min(arena + self.arena.len);
-        for advice in [libc::MADV_HUGEPAGE, libc::MADV_COLLAPSE, libc::MADV_NOHUGEPAGE] {
+        let advise = |advice| {
             // SAFETY: the range is inside the arena. The advice moves pages and leaves their content as it is, so it does not
             // matter that some are of the memories beside this one. Pages to which the kernel holds a reference,
             // a socket's for example, stay where they are.
-            let done = unsafe { libc::madvise(from as *mut libc::c_void, to - from, advice) };
-            if done != 0 {
-                log::debug!("no huge pages: {}", io::Error::last_os_error());
+            match unsafe { libc::madvise(from as *mut libc::c_void, to - from, advice) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
             }
+        };
+        let moved = advise(libc::MADV_HUGEPAGE).and_then(|()| advise(libc::MADV_COLLAPSE));
+        // Those that are to come are small again.
+        let _ = advise(libc::MADV_NOHUGEPAGE);
+        if let Err(e) = moved
+            && e.raw_os_error() != Some(libc::EAGAIN)
+        {
+            // The kernel may have looked for one long, in vain: once is enough. (EAGAIN: a page is in use.)
+            log::debug!("no huge pages: {e}");
+            self.arena.no_huge.store(true, Ordering::Relaxed);
         }
     }
 
