@@ -255,6 +255,20 @@ pub fn umount(target: &Path, flags: libc::c_int) -> io::Result<()> {
     check(unsafe { libc::umount2(target.as_ptr(), flags | libc::UMOUNT_NOFOLLOW) }).map(drop)
 }
 
+/// Sets the calling thread's time slice under the fair scheduler (sched_setattr(2); Linux 6.12, before that it is
+/// ignored), and nothing else of its policy.
+pub fn set_time_slice(slice: std::time::Duration) -> io::Result<()> {
+    // SAFETY: integers, for which zero is a value.
+    let mut attr: libc::sched_attr = unsafe { std::mem::zeroed() };
+    let size = size_of_val(&attr) as libc::c_uint;
+    // SAFETY: the kernel fills in no more than `size` bytes of `attr`, or reads them.
+    unsafe {
+        check(libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size, 0) as libc::c_int)?;
+        attr.sched_runtime = slice.as_nanos() as u64;
+        check(libc::syscall(libc::SYS_sched_setattr, 0, &raw mut attr, 0) as libc::c_int).map(drop)
+    }
+}
+
 /// Whether the FUSE connection behind `device` has ended: /dev/fuse polls `POLLERR` then.
 pub fn connection_ended(device: &impl AsRawFd) -> bool {
     let mut poll = libc::pollfd { fd: device.as_raw_fd(), events: 0, revents: 0 };
