@@ -160,6 +160,12 @@ impl<B: Backend> Queue<B> {
     }
 }
 
+/// Whether requests wait for a disk that this thread's ring reads and writes (`--direct`): not for a server, and not for the page
+/// cache, which may use the ring as well.
+fn drives_disk(ring: &Ring, waits: bool) -> bool {
+    waits && ring.does_io()
+}
+
 /// Runs the handlers, a turn at each poll: first those of requests that have arrived, then some of those that waited.
 async fn in_turns(
     ring: Rc<Ring>,
@@ -176,7 +182,7 @@ async fn in_turns(
             // An error shows at the loop's own enter.
             let _ = ring.enter(false);
         }
-        let turn = if waits && ring.does_io() { SHORT_TURN } else { LONG_TURN };
+        let turn = if drives_disk(&ring, waits) { SHORT_TURN } else { LONG_TURN };
         for _ in 0..turn {
             if waited.as_mut().poll(cx).is_pending() {
                 return ended;
@@ -237,7 +243,7 @@ impl<B: Backend> Loop<B> {
             // What was pushed goes out first; often the next requests are there already.
             if self.ring.has_unsubmitted() || self.ring.has_work() {
                 self.ring.enter(false)?;
-                if self.waits && self.ring.does_io() && self.server.in_flight() > 0 {
+                if drives_disk(&self.ring, self.waits) && self.server.in_flight() > 0 {
                     // A client that was just answered may be waiting for this very CPU to ask for more. Only for a disk: each
                     // yield sets the scheduler's clock forward, and tasks that wake late, the kernel's that write
                     // back among them, pay for it.
