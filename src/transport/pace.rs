@@ -14,10 +14,10 @@ use crate::sys::{self, CpuSet};
 /// How long a poll lasts at most: it must outlast the client's own wake-up and its next submission, or it meets
 /// nobody and unlearns itself.
 const POLL: Duration = Duration::from_micros(100);
-/// The time slice of a thread that polls, the shortest that the scheduler has. A yield gives up the rest of a slice, of virtual time
-/// (`yield_task_fair` in kernel/sched/fair.c): with slices of some milliseconds a thread that yields often runs
-/// minutes ahead of the others, and with it the average, at which tasks that wake are put in line; they then wait until the
-/// clients have caught up.
+/// The time slice of a thread that polls, the shortest that the scheduler has. A yield gives up the rest of a slice, of
+/// virtual time (`yield_task_fair` in kernel/sched/fair.c): with slices of some milliseconds a thread that yields often
+/// runs minutes ahead of the others, and with it the average, at which tasks that wake are put in line; they then wait
+/// until the clients have caught up.
 const SLICE: Duration = Duration::from_micros(100);
 /// Score limits: a poll that meets a request adds one, one in vain takes two away.
 const BEST: i32 = 16;

@@ -160,8 +160,8 @@ impl<B: Backend> Queue<B> {
     }
 }
 
-/// Whether requests wait for a disk that this thread's ring reads and writes (`--direct`): not for a server, and not for the page
-/// cache, which may use the ring as well.
+/// Whether requests wait for a disk that this thread's ring reads and writes (`--direct`): not for a server, and not for
+/// the page cache, which may use the ring as well.
 fn drives_disk(ring: &Ring, waits: bool) -> bool {
     waits && ring.does_io()
 }
@@ -244,9 +244,8 @@ impl<B: Backend> Loop<B> {
             if self.ring.has_unsubmitted() || self.ring.has_work() {
                 self.ring.enter(false)?;
                 if drives_disk(&self.ring, self.waits) && self.server.in_flight() > 0 {
-                    // A client that was just answered may be waiting for this very CPU to ask for more. Only for a disk: each
-                    // yield sets the scheduler's clock forward, and tasks that wake late, the kernel's that write
-                    // back among them, pay for it.
+                    // A client that was just answered may be waiting for this very CPU to ask for more. Only for a
+                    // disk: a yield is not free for others, see `pace`.
                     std::thread::yield_now();
                 }
             }

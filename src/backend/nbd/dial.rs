@@ -330,9 +330,9 @@ impl Write for NoFlags<'_> {
 }
 
 /// A Unix socket has room for some 200 KiB, so that a large write takes several calls and a wake-up for each. (TCP
-/// finds its own size.) With room for several of them the server is never short of data; it costs no memory, since
-/// the payloads of large writes wait in it by their pages. The kernel doubles the number, and takes less where
-/// less is allowed (`net.core.wmem_max`): both are fine.
+/// finds its own size.) With room for several of them the server is never short of data. Their payloads wait in it by
+/// their pages; what is copied, short writes and TLS, takes as much of the kernel's memory as it waits. The kernel
+/// doubles the number, and takes less where less is allowed (`net.core.wmem_max`): both are fine.
 fn enlarge_send_buffer(socket: &Socket) {
     const SEND_BUFFER: usize = 4 << 20;
     if let Err(e) = socket.set_send_buffer_size(SEND_BUFFER) {
