@@ -14,10 +14,8 @@ use crate::sys::{self, CpuSet};
 /// How long a poll lasts at most: it must outlast the client's own wake-up and its next submission, or it meets
 /// nobody and unlearns itself.
 const POLL: Duration = Duration::from_micros(100);
-/// The time slice of a thread that polls, the shortest that the scheduler has. A yield gives up the rest of a slice, of
-/// virtual time (`yield_task_fair` in kernel/sched/fair.c): with slices of some milliseconds a thread that yields often
-/// runs minutes ahead of the others, and with it the average, at which tasks that wake are put in line; they then wait
-/// until the clients have caught up.
+/// The time slice of a thread that polls, the shortest that the scheduler has: a yield gives up the rest of a slice
+/// (`yield_task_fair` in kernel/sched/fair.c), and the thread's turn comes again the sooner, the less that is.
 const SLICE: Duration = Duration::from_micros(100);
 /// Score limits: a poll that meets a request adds one, one in vain takes two away.
 const BEST: i32 = 16;
@@ -25,6 +23,11 @@ const WORST: i32 = -8;
 /// While polling does not pay, one sleep in so many is preceded by a poll all the same, to learn whether
 /// times have changed.
 const PROBE: u32 = 64;
+
+/// How long a thread goes without a [`Rest`], ...
+const WORK: Duration = Duration::from_millis(50);
+/// ... and how long that is at least.
+const REST: Duration = Duration::from_micros(100);
 
 /// Average numbers of requests at once, times 16, at which a thread is pinned and let go.
 const SMALL_BATCH: usize = 2 * 16;
@@ -87,6 +90,58 @@ impl Poller {
         if self.under_way.take().is_some() {
             self.score = (self.score + 1).min(BEST);
         }
+    }
+}
+
+/// Sees to it that the threads of a queue and its clients leave their CPU to others now and then.
+///
+/// Clients that wait for each answer wake the thread before they sleep, and it wakes them before it does, so there is always
+/// one of them to run. If they are in a task group (a session, where `sched_autogroup_enabled` is set, or a cgroup)
+/// that is busy on several CPUs, Linux 6.18 may then not run what is in none, that is the kernel's workers, for a minute and
+/// more: the group's share of a CPU changes each time one of its tasks wakes or sleeps, and with it its place in line is
+/// calculated anew (`reweight_entity` in kernel/sched/fair.c), and stays ahead of theirs. Write-back stands still, and
+/// who waits for it hangs. When this thread does not answer for a moment, all of them sleep, and the others' turn
+/// comes.
+#[derive(Debug)]
+pub struct Rest {
+    last: Instant,
+    /// The numbers of requests that had arrived here and elsewhere.
+    arrivals: (usize, usize),
+}
+
+impl Rest {
+    /// For a thread that begins to work.
+    pub fn starting_now() -> Rest {
+        Rest { last: Instant::now(), arrivals: (0, 0) }
+    }
+
+    /// Nothing is there: rests if it is time for that, and says whether it did. `arrivals` counts the requests that have
+    /// arrived here and elsewhere so far.
+    pub fn if_due(&mut self, arrivals: impl FnOnce() -> (usize, usize)) -> bool {
+        if self.last.elapsed() < WORK {
+            return false;
+        }
+        let (here, elsewhere) = arrivals();
+        let (here_before, elsewhere_before) =
+            std::mem::replace(&mut self.arrivals, (here, elsewhere));
+        self.last = Instant::now();
+        // A single client is on one CPU at a time.
+        let due = elsewhere.wrapping_sub(elsewhere_before) > here.wrapping_sub(here_before) / 4;
+        if due {
+            std::thread::sleep(REST);
+        }
+        due
+    }
+
+    /// Sleeps by `sleep`, which is a rest as well if it lasts.
+    pub fn during<T>(&mut self, sleep: impl FnOnce() -> T) -> T {
+        let before = Instant::now();
+        let slept = sleep();
+        let after = Instant::now();
+        if after - before >= REST {
+            self.last = after;
+        }
+        slept
     }
 }
 
@@ -249,6 +304,29 @@ mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    #[test]
+    fn rests_where_several_cpus_are_busy() {
+        let mut rest = Rest::starting_now();
+        let mut rests = |here, elsewhere| {
+            rest.last = Instant::now() - WORK;
+            rest.if_due(|| (here, elsewhere))
+        };
+        assert!(rests(1000, 1000));
+        assert!(!rests(2000, 1100), "that is one client, which has moved");
+        assert!(rests(3000, 2000));
+    }
+
+    #[test]
+    fn a_sleep_that_lasts_is_a_rest() {
+        let mut rest = Rest::starting_now();
+        let begun = Instant::now() - WORK;
+        rest.last = begun;
+        rest.during(|| ());
+        assert_eq!(rest.last, begun);
+        rest.during(|| std::thread::sleep(REST));
+        assert!(rest.last > begun);
     }
 
     #[test]

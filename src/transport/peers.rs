@@ -73,10 +73,12 @@ impl Peers {
         }
     }
 
-    /// How many requests have arrived so far on the rings of the other threads than that of queue `here`.
-    pub fn arrivals_elsewhere(&self, here: usize) -> usize {
+    /// How many requests have arrived so far on the ring of queue `here`, and on those of the others.
+    pub fn arrivals(&self, here: usize) -> (usize, usize) {
+        let arrivals = |peer: &Peer| peer.arrivals.load(Relaxed);
         let others = self.0.iter().enumerate().filter(|(peer, _)| *peer != here);
-        others.map(|(_, peer)| peer.arrivals.load(Relaxed)).fold(0, usize::wrapping_add)
+        let elsewhere = others.map(|(_, peer)| arrivals(peer)).fold(0, usize::wrapping_add);
+        (arrivals(&self.0[here]), elsewhere)
     }
 
     /// Whether the thread of queue `here` has been given requests that its handlers have not seen.

@@ -33,7 +33,7 @@ use smol::channel::Receiver;
 use super::Server;
 use super::doorbell::Doorbell;
 use super::entries::Entries;
-use super::pace::{Pin, Poller};
+use super::pace::{Pin, Poller, Rest};
 use super::peers::{self, Peers};
 use super::ring::Ring;
 use super::slot::{BURST_OVER, Home, Memory, Slot};
@@ -227,6 +227,7 @@ impl<B: Backend> Loop<B> {
         let waker = Waker::from(self.doorbell.clone());
         let mut cx = Context::from_waker(&waker);
         let mut poller = Poller::new(true);
+        let mut rest = Rest::starting_now();
         let mut pin = Pin::new(self.here);
         while self.entries.in_kernel() > 0
             || self.peers.has_requests(self.here)
@@ -252,14 +253,17 @@ impl<B: Backend> Loop<B> {
             if self.reap(&mut pin)? {
                 poller.busy();
             } else if !self.doorbell.is_rung()
-                && !poller.idle(|| self.peers.arrivals_elsewhere(self.here))
+                && !rest.if_due(|| self.peers.arrivals(self.here))
+                && !poller.idle(|| self.peers.arrivals(self.here).1)
                 && self.doorbell.may_sleep()
             {
                 self.stats.sleeps.add(1);
                 // After large requests a first, short sleep; if nothing comes, their pages go.
                 let large = self.entries.has_burst_pages();
-                let entered =
-                    if large { self.ring.enter_for(BURST_OVER) } else { self.ring.enter(true) };
+                let entered = rest.during(|| match large {
+                    true => self.ring.enter_for(BURST_OVER),
+                    false => self.ring.enter(true),
+                });
                 self.doorbell.awake();
                 entered?;
                 let quiet = !self.reap(&mut pin)? && self.server.in_flight() == 0;
