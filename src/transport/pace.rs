@@ -1,4 +1,4 @@
-//! When to poll and when to sleep, and where to run.
+//! When to poll, when to sleep and when to rest, and where to run.
 //!
 //! Waking a sleeping thread on an idle virtual CPU costs more than the request it wakes for, so a short
 //! poll before sleeping is what makes depth 1 fast. It pays only where the next request comes within the
@@ -95,42 +95,49 @@ impl Poller {
 
 /// Sees to it that the threads of a queue and its clients leave their CPU to others now and then.
 ///
-/// Clients that wait for each answer wake the thread before they sleep, and it wakes them before it does, so there is always
-/// one of them to run. If they are in a task group (a session, where `sched_autogroup_enabled` is set, or a cgroup)
-/// that is busy on several CPUs, Linux 6.18 may then not run what is in none, that is the kernel's workers, for a minute and
-/// more: the group's share of a CPU changes each time one of its tasks wakes or sleeps, and with it its place in line is
-/// calculated anew (`reweight_entity` in kernel/sched/fair.c), and stays ahead of theirs. Write-back stands still, and
-/// who waits for it hangs. When this thread does not answer for a moment, all of them sleep, and the others' turn
-/// comes.
+/// Clients that wait for each answer wake the thread before they sleep, and it wakes them before it does, so there is
+/// always one of them to run. If they are in a task group (a session, where `sched_autogroup_enabled` is set, or a
+/// cgroup) that is busy on several CPUs, Linux 6.18 may then not run what is in none, that is the kernel's workers, for
+/// a minute and more: the group's share of a CPU changes each time one of its tasks wakes or sleeps, and with it its
+/// place in line is calculated anew (`reweight_entity` in kernel/sched/fair.c), and stays ahead of theirs. Write-back
+/// stands still, and who waits for it hangs. When this thread does not answer for a moment, all of them sleep, and the
+/// others' turn comes.
 #[derive(Debug)]
 pub struct Rest {
+    /// When it last rested, or had no reason to.
     last: Instant,
-    /// The numbers of requests that had arrived here and elsewhere.
-    arrivals: (usize, usize),
+    /// The requests that had arrived here, and elsewhere, when it was last due.
+    here: usize,
+    elsewhere: usize,
 }
 
 impl Rest {
     /// For a thread that begins to work.
     pub fn starting_now() -> Rest {
-        Rest { last: Instant::now(), arrivals: (0, 0) }
+        Rest { last: Instant::now(), here: 0, elsewhere: 0 }
     }
 
-    /// Nothing is there: rests if it is time for that, and says whether it did. `arrivals` counts the requests that have
-    /// arrived here and elsewhere so far.
-    pub fn if_due(&mut self, arrivals: impl FnOnce() -> (usize, usize)) -> bool {
+    /// Nothing is there: rests if it is time for that, and says whether it did. `here` and `elsewhere` count the
+    /// requests that have arrived on this thread and on others so far.
+    pub fn if_due(
+        &mut self,
+        here: impl FnOnce() -> usize,
+        elsewhere: impl FnOnce() -> usize,
+    ) -> bool {
         if self.last.elapsed() < WORK {
             return false;
         }
-        let (here, elsewhere) = arrivals();
-        let (here_before, elsewhere_before) =
-            std::mem::replace(&mut self.arrivals, (here, elsewhere));
         self.last = Instant::now();
+        let (here, elsewhere) = (here(), elsewhere());
+        let here_since = here.wrapping_sub(std::mem::replace(&mut self.here, here));
+        let elsewhere_since =
+            elsewhere.wrapping_sub(std::mem::replace(&mut self.elsewhere, elsewhere));
         // A single client is on one CPU at a time.
-        let due = elsewhere.wrapping_sub(elsewhere_before) > here.wrapping_sub(here_before) / 4;
-        if due {
+        let others_are_busy = elsewhere_since > here_since / 4;
+        if others_are_busy {
             std::thread::sleep(REST);
         }
-        due
+        others_are_busy
     }
 
     /// Sleeps by `sleep`, which is a rest as well if it lasts.
@@ -311,7 +318,7 @@ mod tests {
         let mut rest = Rest::starting_now();
         let mut rests = |here, elsewhere| {
             rest.last = Instant::now() - WORK;
-            rest.if_due(|| (here, elsewhere))
+            rest.if_due(|| here, || elsewhere)
         };
         assert!(rests(1000, 1000));
         assert!(!rests(2000, 1100), "that is one client, which has moved");

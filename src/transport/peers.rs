@@ -73,12 +73,15 @@ impl Peers {
         }
     }
 
-    /// How many requests have arrived so far on the ring of queue `here`, and on those of the others.
-    pub fn arrivals(&self, here: usize) -> (usize, usize) {
-        let arrivals = |peer: &Peer| peer.arrivals.load(Relaxed);
-        let others = self.0.iter().enumerate().filter(|(peer, _)| *peer != here);
-        let elsewhere = others.map(|(_, peer)| arrivals(peer)).fold(0, usize::wrapping_add);
-        (arrivals(&self.0[here]), elsewhere)
+    /// How many requests have arrived so far on the ring of queue `here`.
+    pub fn arrivals(&self, here: usize) -> usize {
+        self.0[here].arrivals.load(Relaxed)
+    }
+
+    /// How many requests have arrived so far on the rings of the other threads than that of queue `here`.
+    pub fn arrivals_elsewhere(&self, here: usize) -> usize {
+        let others = (0..self.0.len()).filter(|peer| *peer != here);
+        others.map(|peer| self.arrivals(peer)).fold(0, usize::wrapping_add)
     }
 
     /// Whether the thread of queue `here` has been given requests that its handlers have not seen.

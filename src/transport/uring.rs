@@ -246,23 +246,26 @@ impl<B: Backend> Loop<B> {
                 self.ring.enter(false)?;
                 if drives_disk(&self.ring, self.waits) && self.server.in_flight() > 0 {
                     // A client that was just answered may be waiting for this very CPU to ask for more. Only for a
-                    // disk: a yield is not free for others, see `pace`.
+                    // disk: a cached file's clients keep the CPUs busy, and then such yields made others wait longer
+                    // for write-back.
                     std::thread::yield_now();
                 }
             }
             if self.reap(&mut pin)? {
                 poller.busy();
             } else if !self.doorbell.is_rung()
-                && !rest.if_due(|| self.peers.arrivals(self.here))
-                && !poller.idle(|| self.peers.arrivals(self.here).1)
+                && !rest.if_due(
+                    || self.peers.arrivals(self.here),
+                    || self.peers.arrivals_elsewhere(self.here),
+                )
+                && !poller.idle(|| self.peers.arrivals_elsewhere(self.here))
                 && self.doorbell.may_sleep()
             {
                 self.stats.sleeps.add(1);
                 // After large requests a first, short sleep; if nothing comes, their pages go.
                 let large = self.entries.has_burst_pages();
-                let entered = rest.during(|| match large {
-                    true => self.ring.enter_for(BURST_OVER),
-                    false => self.ring.enter(true),
+                let entered = rest.during(|| {
+                    if large { self.ring.enter_for(BURST_OVER) } else { self.ring.enter(true) }
                 });
                 self.doorbell.awake();
                 entered?;
