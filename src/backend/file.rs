@@ -194,6 +194,20 @@ impl FileBackend {
         })
     }
 
+    /// One thread's own opening of `file`, or the common one if there can be none. The kernel counts each call in what is
+    /// open, so threads that use a common one take turns with that counter. What was written is flushed and its
+    /// errors are found by either.
+    fn for_one_thread(&self, file: &Arc<File>, flags: libc::c_int) -> Arc<File> {
+        let open = |flags| open_again(file, self.capabilities.read_only, flags);
+        // Not for every owner. After a write the next read would update the image's inode; the export has times of its
+        // own.
+        let own = open(flags | libc::O_NOATIME).or_else(|_| open(flags));
+        own.map(Arc::new).unwrap_or_else(|e| {
+            log::debug!("the source cannot be opened again: {e}");
+            file.clone()
+        })
+    }
+
     /// A source that says it has bytes where none can be read would give errors later, in the middle of
     /// somebody's work.
     fn check_end(&self) -> Result<(), String> {
@@ -227,6 +241,12 @@ fn lock(file: &File) -> io::Result<()> {
     }
 }
 
+/// Opens the very file that is open already, whatever its path means by now.
+fn open_again(file: &File, read_only: bool, flags: libc::c_int) -> io::Result<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path)
+}
+
 fn check_type(metadata: &Metadata) -> Result<(), &'static str> {
     let kind = metadata.file_type();
     if kind.is_file() || kind.is_block_device() {
@@ -240,13 +260,7 @@ fn check_type(metadata: &Metadata) -> Result<(), &'static str> {
 
 impl Direct {
     fn open(file: &File, read_only: bool) -> Result<Direct, String> {
-        // The very file that is open already, whatever its path means by now.
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let direct = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(libc::O_DIRECT)
-            .open(path)
+        let direct = open_again(file, read_only, libc::O_DIRECT)
             .map_err(|e| format!("no direct I/O here ({e}): leave out --direct"))?;
         let (memory_align, offset_align) = match sys::direct_io_alignment(&direct) {
             Some((0, _) | (_, 0)) => {
@@ -289,7 +303,15 @@ impl Backend for FileBackend {
     type Lane = FileLane;
 
     fn lane(self: &Arc<Self>, io: &Rc<Io>) -> io::Result<FileLane> {
-        Ok(FileLane { backend: self.clone(), io: io.clone() })
+        Ok(FileLane {
+            backend: self.clone(),
+            io: io.clone(),
+            file: self.for_one_thread(&self.file, 0),
+            direct_file: self
+                .direct
+                .as_ref()
+                .map(|direct| self.for_one_thread(&direct.file, libc::O_DIRECT)),
+        })
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -323,12 +345,21 @@ impl Backend for FileBackend {
 pub struct FileLane {
     backend: Arc<FileBackend>,
     io: Rc<Io>,
+    /// For reads and writes, see [`FileBackend::for_one_thread`].
+    file: Arc<File>,
+    /// The same for direct I/O.
+    direct_file: Option<Arc<File>>,
 }
 
 impl FileLane {
+    /// What direct I/O needs, if that is asked for.
+    fn direct(&self) -> Option<(&Direct, &Arc<File>)> {
+        self.backend.direct.as_ref().zip(self.direct_file.as_ref())
+    }
+
     /// Fills `buf` as far as the file goes, through the page cache.
     async fn read_cached(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
-        let file = &self.backend.file;
+        let file = &self.file;
         let mut done = 0;
         let mut may_wait = false;
         while done < buf.len() {
@@ -351,7 +382,7 @@ impl FileLane {
     }
 
     async fn write_cached(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        let file = &self.backend.file;
+        let file = &self.file;
         let mut done = 0;
         let mut may_wait = false;
         while done < data.len() {
@@ -373,10 +404,16 @@ impl FileLane {
         Ok(())
     }
 
-    async fn read_direct(&self, direct: &Direct, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+    async fn read_direct(
+        &self,
+        file: &Arc<File>,
+        direct: &Direct,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> io::Result<usize> {
         let mut done = 0;
         while done < buf.len() {
-            match self.io.read_at(&direct.file, &mut buf[done..], offset + done as u64).await {
+            match self.io.read_at(file, &mut buf[done..], offset + done as u64).await {
                 Ok(0) => break,
                 Ok(n) => done += n,
                 Err(e) if retry(&e) => {}
@@ -390,10 +427,10 @@ impl FileLane {
         Ok(done)
     }
 
-    async fn write_direct(&self, direct: &Direct, offset: u64, data: &[u8]) -> io::Result<()> {
+    async fn write_direct(&self, file: &Arc<File>, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut done = 0;
         while done < data.len() {
-            match self.io.write_at(&direct.file, &data[done..], offset + done as u64).await {
+            match self.io.write_at(file, &data[done..], offset + done as u64).await {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(n) => done += n,
                 Err(e) if retry(&e) => {}
@@ -450,22 +487,22 @@ fn retry(e: &io::Error) -> bool {
 
 impl Lane for FileLane {
     async fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
-        match &self.backend.direct {
-            Some(direct) if direct.fits(offset, buf, self.backend.size()) => {
-                self.read_direct(direct, offset, buf).await
+        match self.direct() {
+            Some((direct, file)) if direct.fits(offset, buf, self.backend.size()) => {
+                self.read_direct(file, direct, offset, buf).await
             }
             _ => self.read_cached(offset, buf).await,
         }
     }
 
     async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
-        match &self.backend.direct {
-            Some(direct) if direct.fits(offset, data, self.backend.size()) => {
+        match self.direct() {
+            Some((direct, file)) if direct.fits(offset, data, self.backend.size()) => {
                 let pages = Direct::pages(offset, data.len() as u64);
                 let _beside = direct.lock.shared(pages).await;
-                self.write_direct(direct, offset, data).await?;
+                self.write_direct(file, offset, data).await?;
             }
-            Some(direct) => self.write_around(direct, offset, data).await?,
+            Some((direct, _)) => self.write_around(direct, offset, data).await?,
             None => self.write_cached(offset, data).await?,
         }
         self.grow_to(offset + data.len() as u64);
