@@ -146,15 +146,16 @@ impl Session {
         let queues = sys::possible_cpus().map_err(|e| format!("the number of CPUs: {e}"))?;
         let (least, most) = RING_DEPTHS;
         let depth = options.queue_depth.unwrap_or((RING_REQUESTS / queues).clamp(least, most));
-        let device = device.try_clone().map(Arc::new).map_err(|e| e.to_string())?;
         let (report, progress) = mpsc::channel();
         let mut proceed = Vec::new();
         let (peers, requests) = Peers::new(queues, depth);
         for (qid, requests) in requests.into_iter().enumerate() {
             let (sender, receiver) = mpsc::channel();
             proceed.push(sender);
+            // Of its own: the kernel counts each command in what is open, and threads would take turns with that counter.
+            let device = sys::clone_fuse_device(device).or_else(|_| device.try_clone());
             let queue = Queue {
-                device: device.clone(),
+                device: device.map_err(|e| e.to_string())?,
                 qid: u16::try_from(qid).map_err(|_| "more than 65536 CPUs".to_owned())?,
                 depth,
                 peers: peers.clone(),

@@ -12,7 +12,6 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
-use std::sync::Arc;
 
 use slab::Slab;
 
@@ -23,14 +22,14 @@ use crate::fuse::abi::uring_header;
 /// The entries on one ring.
 pub struct Entries {
     ring: Rc<Ring>,
-    device: Arc<OwnedFd>,
+    device: OwnedFd,
     /// The memory of those that are with the kernel.
     in_kernel: RefCell<Slab<Memory>>,
 }
 
 impl Entries {
     /// None yet. `device` is the connection's.
-    pub fn new(ring: Rc<Ring>, device: Arc<OwnedFd>) -> Entries {
+    pub fn new(ring: Rc<Ring>, device: OwnedFd) -> Entries {
         Entries { ring, device, in_kernel: RefCell::default() }
     }
 

@@ -59,8 +59,8 @@ const HUNGRY: usize = 8;
 
 /// What one queue's thread needs.
 pub struct Queue<B: Backend> {
-    /// The connection's descriptor.
-    pub device: Arc<OwnedFd>,
+    /// The queue's own descriptor of the connection.
+    pub device: OwnedFd,
     /// The kernel's queue: the number of its CPU.
     pub qid: u16,
     /// How many entries it may have: the most requests in flight.
