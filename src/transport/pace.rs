@@ -14,6 +14,13 @@ use crate::sys::{self, CpuSet};
 /// How long a poll lasts at most: it must outlast the client's own wake-up and its next submission, or it meets
 /// nobody and unlearns itself.
 const POLL: Duration = Duration::from_micros(100);
+/// How long a thread polls, times [`POLL`], ...
+const PRESENT_POLLS: u32 = 10;
+/// ... and then sleeps, while its client is on another CPU and had better stay there. The kernel wakes the client on this
+/// one only if it is idle just then, and does not even look for an idle one while the CPUs with a common cache are more
+/// than 60 % busy together (`SIS_UTIL` in kernel/sched/fair.c). Of two CPUs, one is busy with the client, so a good
+/// fifth of the other's time will do.
+const ABSENT: Duration = Duration::from_millis(3);
 /// The time slice of a thread that polls, the shortest that the scheduler has: a yield gives up the rest of a slice
 /// (`yield_task_fair` in kernel/sched/fair.c), and the thread's turn comes again the sooner, the less that is.
 const SLICE: Duration = Duration::from_micros(100);
@@ -42,8 +49,18 @@ pub struct Poller {
     enabled: bool,
     score: i32,
     sleeps: u32,
-    /// The poll under way: its end, and what `elsewhere` was at its beginning.
-    under_way: Option<(Instant, usize)>,
+    under_way: Option<Poll>,
+    /// The last poll has met nobody here, but others have met requests meanwhile.
+    is_elsewhere: bool,
+    /// The next poll is to keep the client there.
+    is_absent: bool,
+}
+
+#[derive(Debug)]
+struct Poll {
+    until: Instant,
+    /// How many requests others have met when it has not been in vain.
+    enough_elsewhere: usize,
 }
 
 impl Poller {
@@ -52,7 +69,14 @@ impl Poller {
         if enabled && let Err(e) = sys::set_time_slice(SLICE) {
             log::debug!("sched_setattr: {e}");
         }
-        Poller { enabled, score: 0, sleeps: 0, under_way: None }
+        Poller {
+            enabled,
+            score: 0,
+            sleeps: 0,
+            under_way: None,
+            is_elsewhere: false,
+            is_absent: false,
+        }
     }
 
     /// Nothing is there: whether to look again, rather than sleep. `elsewhere` counts the requests that other threads
@@ -62,7 +86,7 @@ impl Poller {
     /// is idle for it to be woken on. Were it held against polling, no thread would poll any more, and the client
     /// would move with each request.
     pub fn idle(&mut self, elsewhere: impl Fn() -> usize) -> bool {
-        if let Some((until, before)) = self.under_way {
+        if let Some(Poll { until, enough_elsewhere }) = self.under_way {
             if Instant::now() < until {
                 // The client may be waiting for this very CPU: a poll that kept it would meet nobody. On an idle
                 // CPU this is a short system call.
@@ -70,23 +94,37 @@ impl Poller {
                 return true;
             }
             self.under_way = None;
-            self.score = if elsewhere() == before {
-                (self.score - 2).max(WORST)
-            } else {
+            self.is_elsewhere = elsewhere().wrapping_sub(enough_elsewhere) as isize >= 0;
+            self.score = if self.is_elsewhere {
                 self.score.max((self.score + 1).min(0))
+            } else {
+                (self.score - 2).max(WORST)
             };
             return false;
         }
         self.sleeps = self.sleeps.wrapping_add(1);
-        if self.enabled && (self.score >= 0 || self.sleeps.is_multiple_of(PROBE)) {
-            self.under_way = Some((Instant::now() + POLL, elsewhere()));
+        let keeps_away = std::mem::take(&mut self.is_absent);
+        if keeps_away || self.enabled && (self.score >= 0 || self.sleeps.is_multiple_of(PROBE)) {
+            let polls = if keeps_away { PRESENT_POLLS } else { 1 };
+            self.under_way = Some(Poll {
+                until: Instant::now() + POLL * polls,
+                enough_elsewhere: elsewhere().wrapping_add(polls as usize),
+            });
             return true;
         }
         false
     }
 
+    /// The sleep that [`Poller::idle`] has advised should be no longer than this, and a poll follow it: the client is
+    /// elsewhere, and each time that it moves costs more than three requests.
+    pub fn absence(&mut self) -> Option<Duration> {
+        self.is_absent = std::mem::take(&mut self.is_elsewhere);
+        self.is_absent.then_some(ABSENT)
+    }
+
     /// A request is there.
     pub fn busy(&mut self) {
+        (self.is_elsewhere, self.is_absent) = (false, false);
         if self.under_way.take().is_some() {
             self.score = (self.score + 1).min(BEST);
         }
@@ -212,6 +250,11 @@ impl Pin {
         }
     }
 
+    /// Whether the thread stays on its queue's CPU.
+    pub fn is_pinned(&self) -> bool {
+        self.pinned
+    }
+
     /// So many requests came, or wait for the backend, at once.
     pub fn batch(&mut self, requests: usize) {
         let Some(anywhere) = self.anywhere else { return };
@@ -240,7 +283,7 @@ mod tests {
     fn polls_while_others_meet(poller: &mut Poller, requests: usize) -> bool {
         let polled = poller.idle(|| 0);
         if polled {
-            poller.under_way = Some((Instant::now(), 0));
+            poller.under_way.as_mut().unwrap().until = Instant::now();
             assert!(!poller.idle(|| requests));
         }
         polled
@@ -276,6 +319,29 @@ mod tests {
     fn a_client_that_moves_keeps_it_polling() {
         let mut poller = Poller::new(true);
         assert!((0..1000).all(|_| polls_while_others_meet(&mut poller, 1)));
+    }
+
+    #[test]
+    fn a_client_that_moves_is_kept_away_as_long_as_it_is_busy() {
+        let mut poller = Poller::new(true);
+        let many = PRESENT_POLLS as usize;
+        polls_while_others_meet(&mut poller, 1);
+        for _ in 0..1000 {
+            assert_eq!(poller.absence(), Some(ABSENT));
+            assert!(polls_while_others_meet(&mut poller, many));
+        }
+        assert!(poller.absence().is_some());
+        assert!(polls_while_others_meet(&mut poller, many - 1));
+        assert_eq!(poller.absence(), None, "a poll here would not pay");
+    }
+
+    #[test]
+    fn a_client_that_has_come_is_not_kept_away() {
+        let mut poller = Poller::new(true);
+        polls_while_others_meet(&mut poller, 1);
+        assert!(poller.absence().is_some());
+        poller.busy();
+        assert_eq!(poller.absence(), None);
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //!   that was given away takes it home. The kernel takes the entry that was committed last, so few have to.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
 use smol::channel::{self, Receiver, Sender};
 
@@ -34,6 +34,8 @@ struct Peer {
     load: AtomicUsize,
     /// Requests that have arrived on its ring. Only it writes.
     arrivals: AtomicUsize,
+    /// It serves on its queue's CPU. Only it writes.
+    is_at_home: AtomicBool,
 }
 
 impl Peers {
@@ -44,7 +46,12 @@ impl Peers {
             .map(|_| {
                 let (requests, receiver) = channel::bounded(queues * depth);
                 (
-                    Peer { requests, load: AtomicUsize::new(0), arrivals: AtomicUsize::new(0) },
+                    Peer {
+                        requests,
+                        load: AtomicUsize::new(0),
+                        arrivals: AtomicUsize::new(0),
+                        is_at_home: AtomicBool::new(false),
+                    },
                     receiver,
                 )
             })
@@ -82,6 +89,16 @@ impl Peers {
     pub fn arrivals_elsewhere(&self, here: usize) -> usize {
         let others = (0..self.0.len()).filter(|peer| *peer != here);
         others.map(|peer| self.arrivals(peer)).fold(0, usize::wrapping_add)
+    }
+
+    /// The thread of queue `here` serves on its queue's CPU, or elsewhere.
+    pub fn set_at_home(&self, here: usize, is_at_home: bool) {
+        self.0[here].is_at_home.store(is_at_home, Relaxed);
+    }
+
+    /// Whether there is only one thread beside that of queue `here`, and it serves on its queue's CPU.
+    pub fn other_is_at_home(&self, here: usize) -> bool {
+        self.0.len() == 2 && self.0[1 - here].is_at_home.load(Relaxed)
     }
 
     /// Whether the thread of queue `here` has been given requests that its handlers have not seen.

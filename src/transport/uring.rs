@@ -264,8 +264,16 @@ impl<B: Backend> Loop<B> {
                 self.stats.sleeps.add(1);
                 // After large requests a first, short sleep; if nothing comes, their pages go.
                 let large = self.entries.has_burst_pages();
-                let entered = rest.during(|| {
-                    if large { self.ring.enter_for(BURST_OVER) } else { self.ring.enter(true) }
+                let limit = if large {
+                    Some(BURST_OVER)
+                } else if self.peers.other_is_at_home(self.here) {
+                    poller.absence()
+                } else {
+                    None
+                };
+                let entered = rest.during(|| match limit {
+                    Some(limit) => self.ring.enter_for(limit),
+                    None => self.ring.enter(true),
                 });
                 self.doorbell.awake();
                 entered?;
@@ -296,6 +304,7 @@ impl<B: Backend> Loop<B> {
         });
         if reaped > 0 {
             pin.batch(requests + self.server.in_flight());
+            self.peers.set_at_home(self.here, pin.is_pinned());
         }
         // More could have come at once. Not so with large ones: fewer of them stay in the cache.
         if small {
