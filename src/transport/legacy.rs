@@ -19,6 +19,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
+use std::time::Instant;
 
 use async_io::{Async, Timer};
 use smol::lock::Mutex;
@@ -130,7 +131,7 @@ impl Channel {
                         in_a_row = 0;
                         // Those that wait for their backend get their turn.
                         future::yield_now().await;
-                        if poller.idle(|| 0) {
+                        if poller.idle(Instant::now(), || 0) {
                             continue;
                         }
                         stats.sleeps.add(1);

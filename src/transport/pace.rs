@@ -85,9 +85,9 @@ impl Poller {
     /// A poll is not in vain if the client has only moved to another CPU: it is the poll that keeps it there, as no CPU
     /// is idle for it to be woken on. Were it held against polling, no thread would poll any more, and the client
     /// would move with each request.
-    pub fn idle(&mut self, elsewhere: impl Fn() -> usize) -> bool {
+    pub fn idle(&mut self, now: Instant, elsewhere: impl Fn() -> usize) -> bool {
         if let Some(Poll { until, enough_elsewhere }) = self.under_way {
-            if Instant::now() < until {
+            if now < until {
                 // The client may be waiting for this very CPU: a poll that kept it would meet nobody. On an idle
                 // CPU this is a short system call.
                 std::thread::yield_now();
@@ -107,7 +107,7 @@ impl Poller {
         if keeps_away || self.enabled && (self.score >= 0 || self.sleeps.is_multiple_of(PROBE)) {
             let polls = if keeps_away { PRESENT_POLLS } else { 1 };
             self.under_way = Some(Poll {
-                until: Instant::now() + POLL * polls,
+                until: now + POLL * polls,
                 enough_elsewhere: elsewhere().wrapping_add(polls as usize),
             });
             return true;
@@ -159,13 +159,14 @@ impl Rest {
     /// requests that have arrived on this thread and on others so far.
     pub fn if_due(
         &mut self,
+        now: Instant,
         here: impl FnOnce() -> usize,
         elsewhere: impl FnOnce() -> usize,
     ) -> bool {
-        if self.last.elapsed() < WORK {
+        if now.saturating_duration_since(self.last) < WORK {
             return false;
         }
-        self.last = Instant::now();
+        self.last = now;
         let (here, elsewhere) = (here(), elsewhere());
         let here_since = here.wrapping_sub(std::mem::replace(&mut self.here, here));
         let elsewhere_since =
@@ -281,10 +282,11 @@ mod tests {
 
     /// Polls in vain until it would sleep, while others meet so many requests; whether there was a poll at all.
     fn polls_while_others_meet(poller: &mut Poller, requests: usize) -> bool {
-        let polled = poller.idle(|| 0);
+        let now = Instant::now();
+        let polled = poller.idle(now, || 0);
         if polled {
-            poller.under_way.as_mut().unwrap().until = Instant::now();
-            assert!(!poller.idle(|| requests));
+            let now = now + POLL * PRESENT_POLLS;
+            assert!(!poller.idle(now, || requests));
         }
         polled
     }
@@ -305,12 +307,12 @@ mod tests {
         let mut poller = Poller::new(true);
         (0..100).for_each(|_| _ = polls_in_vain(&mut poller));
         for _ in 0..WORST.unsigned_abs() * PROBE {
-            if poller.idle(|| 0) {
+            if poller.idle(Instant::now(), || 0) {
                 poller.busy();
             }
         }
         for _ in 0..10 {
-            assert!(poller.idle(|| 0));
+            assert!(poller.idle(Instant::now(), || 0));
             poller.busy();
         }
     }
@@ -384,7 +386,7 @@ mod tests {
         let mut rest = Rest::starting_now();
         let mut rests = |here, elsewhere| {
             rest.last = Instant::now() - WORK;
-            rest.if_due(|| here, || elsewhere)
+            rest.if_due(Instant::now(), || here, || elsewhere)
         };
         assert!(rests(1000, 1000));
         assert!(!rests(2000, 1100), "that is one client, which has moved");
@@ -405,6 +407,6 @@ mod tests {
     #[test]
     fn never_polls_when_disabled() {
         let mut poller = Poller::new(false);
-        assert!((0..1000).all(|_| !poller.idle(|| 0)));
+        assert!((0..1000).all(|_| !poller.idle(Instant::now(), || 0)));
     }
 }

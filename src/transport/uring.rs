@@ -26,6 +26,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::task::{Context, Waker};
+use std::time::Instant;
 
 use smol::LocalExecutor;
 use smol::channel::Receiver;
@@ -253,36 +254,43 @@ impl<B: Backend> Loop<B> {
             }
             if self.reap(&mut pin)? {
                 poller.busy();
-            } else if !self.doorbell.is_rung()
-                && !rest.if_due(
-                    || self.peers.arrivals(self.here),
-                    || self.peers.arrivals_elsewhere(self.here),
-                )
-                && !poller.idle(|| self.peers.arrivals_elsewhere(self.here))
-                && self.doorbell.may_sleep()
-            {
-                self.stats.sleeps.add(1);
-                // After large requests a first, short sleep; if nothing comes, their pages go.
-                let large = self.entries.has_burst_pages();
-                let limit = if large {
-                    Some(BURST_OVER)
-                } else if self.peers.other_is_at_home(self.here) {
-                    poller.absence()
-                } else {
-                    None
-                };
-                let entered = rest.during(|| match limit {
-                    Some(limit) => self.ring.enter_for(limit),
-                    None => self.ring.enter(true),
-                });
-                self.doorbell.awake();
-                entered?;
-                let quiet = !self.reap(&mut pin)? && self.server.in_flight() == 0;
-                // An answer that is not submitted is still in its entry's pages.
-                if quiet && large && !self.ring.has_unsubmitted() {
-                    self.entries.give_back_pages();
+            } else if !self.doorbell.is_rung() {
+                let now = Instant::now();
+                let here = || self.peers.arrivals(self.here);
+                let elsewhere = || self.peers.arrivals_elsewhere(self.here);
+                if !rest.if_due(now, here, elsewhere)
+                    && !poller.idle(now, elsewhere)
+                    && self.doorbell.may_sleep()
+                {
+                    self.sleep(&mut poller, &mut rest, &mut pin)?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Sleeps until there is a completion or the doorbell rings. [`Doorbell::may_sleep`] has said yes.
+    fn sleep(&mut self, poller: &mut Poller, rest: &mut Rest, pin: &mut Pin) -> io::Result<()> {
+        self.stats.sleeps.add(1);
+        // After large requests a first, short sleep; if nothing comes, their pages go.
+        let large = self.entries.has_burst_pages();
+        let limit = if large {
+            Some(BURST_OVER)
+        } else if self.peers.other_is_at_home(self.here) {
+            poller.absence()
+        } else {
+            None
+        };
+        let entered = rest.during(|| match limit {
+            Some(limit) => self.ring.enter_for(limit),
+            None => self.ring.enter(true),
+        });
+        self.doorbell.awake();
+        entered?;
+        let quiet = !self.reap(pin)? && self.server.in_flight() == 0;
+        // An answer that is not submitted is still in its entry's pages.
+        if quiet && large && !self.ring.has_unsubmitted() {
+            self.entries.give_back_pages();
         }
         Ok(())
     }
