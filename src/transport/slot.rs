@@ -93,7 +93,11 @@ impl Drop for Arena {
 }
 
 /// The memory of one slot: the only owner of its piece of the arena.
-pub struct Memory {
+///
+/// A pointer, since it is moved several times for each request.
+pub struct Memory(Box<Piece>);
+
+struct Piece {
     head: NonNull<u8>,
     queue: u16,
     /// How much of the payload may be resident, in bytes.
@@ -104,7 +108,7 @@ pub struct Memory {
 }
 
 // SAFETY: it is the only owner of plain bytes.
-unsafe impl Send for Memory {}
+unsafe impl Send for Piece {}
 
 impl Memory {
     /// Makes `count` of them for a queue. Fails with `ENOMEM` when address space runs out.
@@ -114,26 +118,32 @@ impl Memory {
             .map(|i| {
                 // SAFETY: the arena is `count` strides long, and each stride goes to one `Memory`.
                 let head = unsafe { arena.base.add(i * STRIDE) };
-                Memory { head, queue, touched: 0, gathered: false, arena: arena.clone() }
+                Memory(Box::new(Piece {
+                    head,
+                    queue,
+                    touched: 0,
+                    gathered: false,
+                    arena: arena.clone(),
+                }))
             })
             .collect())
     }
 
     /// The kernel's queue that it belongs to.
     pub fn queue(&self) -> u16 {
-        self.queue
+        self.0.queue
     }
 
     /// Head and payload together.
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the stride is mapped while the arena lives, initialised (to zero), and ours alone.
-        unsafe { std::slice::from_raw_parts(self.head.as_ptr(), STRIDE) }
+        unsafe { std::slice::from_raw_parts(self.0.head.as_ptr(), STRIDE) }
     }
 
     /// Head and payload together.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `bytes`, and `&mut self` makes the borrow exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.head.as_ptr(), STRIDE) }
+        unsafe { std::slice::from_raw_parts_mut(self.0.head.as_ptr(), STRIDE) }
     }
 
     /// The head and the payload as the kernel's `iovec`s, for a ring entry of `head_len` bytes of header.
@@ -147,20 +157,21 @@ impl Memory {
 
     /// Notes that the first `len` bytes of the payload were used.
     pub fn touch(&mut self, len: usize) {
-        self.touched = self.touched.max(len.min(PAYLOAD_LEN));
+        self.0.touched = self.0.touched.max(len.min(PAYLOAD_LEN));
     }
 
     /// Moves the memory to huge pages, until it is released.
     fn gather(&mut self) {
-        if std::mem::replace(&mut self.gathered, true) || self.arena.no_huge.load(Ordering::Relaxed)
+        if std::mem::replace(&mut self.0.gathered, true)
+            || self.0.arena.no_huge.load(Ordering::Relaxed)
         {
             return;
         }
-        self.arena.has_huge.store(true, Ordering::Relaxed);
-        let arena = self.arena.base.as_ptr() as usize;
-        let head = self.head.as_ptr() as usize;
+        self.0.arena.has_huge.store(true, Ordering::Relaxed);
+        let arena = self.0.arena.base.as_ptr() as usize;
+        let head = self.0.head.as_ptr() as usize;
         let from = (head / HUGE_LEN * HUGE_LEN).max(arena);
-        let to = (head + STRIDE).next_multiple_of(HUGE_LEN).min(arena + self.arena.len);
+        let to = (head + STRIDE).next_multiple_of(HUGE_LEN).min(arena + self.0.arena.len);
         let advise = |advice| {
             // SAFETY: the range is inside the arena. The advice moves pages and leaves their content as it is, so it does not
             // matter that some are of the memories beside this one. Pages to which the kernel holds a reference,
@@ -178,20 +189,20 @@ impl Memory {
         {
             // The kernel may have looked for one long, in vain: once is enough. (EAGAIN: a page is in use.)
             log::debug!("no huge pages: {e}");
-            self.arena.no_huge.store(true, Ordering::Relaxed);
+            self.0.arena.no_huge.store(true, Ordering::Relaxed);
         }
     }
 
     /// Whether a large request has left pages here.
     pub fn has_burst_pages(&self) -> bool {
-        self.touched > KEPT_LEN
+        self.0.touched > KEPT_LEN
     }
 
     /// Gives back the pages that a burst of large requests left. Their content is lost, the head's too.
     pub fn release(&mut self) {
-        if self.arena.has_huge.load(Ordering::Relaxed) {
+        if self.0.arena.has_huge.load(Ordering::Relaxed) {
             // A huge page goes when nothing of it is left, by whichever memory it came.
-            self.gathered = false;
+            self.0.gathered = false;
             self.give_up_from(0);
         } else if self.has_burst_pages() {
             self.give_up_from(HEAD_LEN + KEPT_LEN);
@@ -201,7 +212,7 @@ impl Memory {
     /// Gives up all pages of a payload which a backend may have lent to the kernel ([`LENT_BYTES`]). Whatever still
     /// refers to them keeps them as they are.
     fn give_up_lent(&mut self) {
-        if self.touched >= LENT_BYTES {
+        if self.0.touched >= LENT_BYTES {
             self.give_up_from(HEAD_LEN);
         }
     }
@@ -215,7 +226,7 @@ impl Memory {
             unsafe { libc::madvise(tail.as_mut_ptr().cast(), tail.len(), libc::MADV_DONTNEED) };
         // Only a locked or a wrong range is refused (madvise(2)), and this process locks no memory.
         assert_eq!(done, 0, "madvise: {}", io::Error::last_os_error());
-        self.touched = kept.saturating_sub(HEAD_LEN);
+        self.0.touched = kept.saturating_sub(HEAD_LEN);
     }
 
     /// A 40-byte structure and its like at `offset` of the head.
