@@ -56,6 +56,7 @@ pub struct Poller {
     is_absent: bool,
 }
 
+/// A poll under way.
 #[derive(Debug)]
 struct Poll {
     until: Instant,
@@ -79,7 +80,7 @@ impl Poller {
         }
     }
 
-    /// Nothing is there: whether to look again, rather than sleep. `elsewhere` counts the requests that other threads
+    /// Nothing is there `now`: whether to look again, rather than sleep. `elsewhere` counts the requests that other threads
     /// have met so far.
     ///
     /// A poll is not in vain if the client has only moved to another CPU: it is the poll that keeps it there, as no CPU

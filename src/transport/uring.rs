@@ -287,7 +287,11 @@ impl<B: Backend> Loop<B> {
         });
         self.doorbell.awake();
         entered?;
-        let quiet = !self.reap(pin)? && self.server.in_flight() == 0;
+        if self.reap(pin)? {
+            poller.busy();
+            return Ok(());
+        }
+        let quiet = self.server.in_flight() == 0;
         // An answer that is not submitted is still in its entry's pages.
         if quiet && large && !self.ring.has_unsubmitted() {
             self.entries.give_back_pages();
