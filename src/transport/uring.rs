@@ -269,7 +269,8 @@ impl<B: Backend> Loop<B> {
         Ok(())
     }
 
-    /// Sleeps until there is a completion or the doorbell rings. [`Doorbell::may_sleep`] has said yes.
+    /// Sleeps until there is a completion or the doorbell rings, or until it is time for something else.
+    /// [`Doorbell::may_sleep`] has said yes.
     fn sleep(&mut self, poller: &mut Poller, rest: &mut Rest, pin: &mut Pin) -> io::Result<()> {
         self.stats.sleeps.add(1);
         // After large requests a first, short sleep; if nothing comes, their pages go.
@@ -291,9 +292,8 @@ impl<B: Backend> Loop<B> {
             poller.busy();
             return Ok(());
         }
-        let quiet = self.server.in_flight() == 0;
         // An answer that is not submitted is still in its entry's pages.
-        if quiet && large && !self.ring.has_unsubmitted() {
+        if large && self.server.in_flight() == 0 && !self.ring.has_unsubmitted() {
             self.entries.give_back_pages();
         }
         Ok(())
