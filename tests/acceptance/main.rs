@@ -37,6 +37,7 @@ fn main() -> ExitCode {
         modes::other_user_is_shut_out_unless_allowed ["root"],
         modes::owner_can_be_chosen ["root"],
         modes::times_can_be_set,
+        modes::reads_leave_the_images_access_time if |k| k.regular,
         // 8-10
         size::fixed_disk_ends_where_it_ends,
         size::growable_disk_grows if |k| k.resizable,

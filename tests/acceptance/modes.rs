@@ -164,3 +164,15 @@ pub fn times_can_be_set(case: &Case) {
     drop(file);
     assert!(times(export.file()).1 > before, "a write sets the time");
 }
+
+pub fn reads_leave_the_images_access_time(case: &Case) {
+    let image = case.patchy();
+    let accessed = || fs::metadata(image.path()).unwrap().accessed().unwrap();
+    // Long ago: most file systems update it once a day only.
+    let then = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    File::open(image.path()).unwrap().set_times(FileTimes::new().set_accessed(then)).unwrap();
+    let mut export = case.export(&image, &["-r"]);
+    fs::read(export.file()).unwrap();
+    export.stop(libc::SIGTERM).assert(0, &[]);
+    assert_eq!(accessed(), then);
+}
