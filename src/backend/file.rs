@@ -79,6 +79,7 @@ pub struct FileBackend {
 }
 
 /// The second descriptor, for direct I/O.
+    /// The kernel tells each open file once of data that was lost, whoever wrote it. No flush is made by this one.
 #[derive(Debug)]
 struct Direct {
     file: Arc<File>,
@@ -448,7 +449,8 @@ impl FileLane {
         let (start, len) = (pages.start, pages.end - pages.start);
         let _alone = direct.lock.exclusive(pages).await;
         self.write_cached(offset, data).await?;
-        let file = self.backend.file.clone();
+        // Not by the one that is flushed: it may find another write's error, which a flush must find as well.
+        let file = direct.file.clone();
         self.io.blocking(move || sys::write_out(&file, start, len)).await
     }
 

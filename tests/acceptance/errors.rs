@@ -127,6 +127,22 @@ pub fn flush_reaches_the_disk_and_its_failure_the_exit_status(case: &Case) {
     by_close.stop(libc::SIGTERM).assert(1, &[&device.0, "flush"]);
 }
 
+/// An unaligned write under `--direct` is written out at once, and is told of any loss, which may be another's.
+pub fn write_that_is_lost_beside_others_is_told_by_fsync(case: &Case) {
+    let tight = Tight::new(512 << 10);
+    let store = tight.0.join("disk.img");
+    write_sparse(&store, &vec![0; SIZE]);
+    let device = LoopDevice::new(&store, &[]);
+    let mut export = export(case, Path::new(&device.0), &[]);
+    let file = File::options().write(true).open(export.file()).unwrap();
+    // More than there is room for: some of them fail, and more may be lost.
+    let failed = (0..256).any(|n| file.write_all_at(&[1; 100], n * 4096 + 1).is_err());
+    assert!(failed, "there was room for all");
+    file.sync_all().unwrap_err();
+    drop(file);
+    export.stop(libc::SIGTERM).assert(1, &[&device.0, "flush"]);
+}
+
 pub fn full_file_system_says_so(case: &Case) {
     let tight = Tight::new(2 << 20);
     let path = tight.0.join("disk.img");
