@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use smol::lock::RwLock;
+
 use crate::backend::{Backend, Capabilities, Lane, Seek, Zero};
 use crate::errno::Errno;
 use crate::fuse::abi::{self, Attr, SetattrIn, StatfsOut, fattr};
@@ -40,6 +42,8 @@ pub struct Export<B> {
     /// a cache line which hardly ever changes.
     modified: AtomicBool,
     open_files: OpenFiles,
+    /// Read-locked by each flush and durable write, until `open_files` knows if it has failed.
+    flushes: RwLock<()>,
     closed: Arc<AtomicBool>,
 }
 
@@ -95,6 +99,7 @@ impl<B: Backend> Export<B> {
             attributes: Mutex::new(attributes),
             modified: AtomicBool::new(false),
             open_files: OpenFiles::default(),
+            flushes: RwLock::new(()),
             closed,
         })
     }
@@ -175,6 +180,7 @@ impl<B: Backend> Export<B> {
         if len == 0 && !data.is_empty() {
             return Err(Errno::ENOSPC);
         }
+        let _flush = if durable { Some(self.flushes.read().await) } else { None };
         let written = lane.write(offset, &data[..len], durable).await;
         self.note_modified();
         match written {
@@ -207,7 +213,12 @@ impl<B: Backend> Export<B> {
     }
 
     async fn flush(&self, lane: &B::Lane) -> Result<(), Errno> {
-        lane.flush().await.map_err(|e| self.flush_has_failed("flush", e))
+        let under_way = self.flushes.read().await;
+        let flushed = lane.flush().await.map_err(|e| self.flush_has_failed("flush", e));
+        drop(under_way);
+        // One that began earlier may have met, and used up, the report of what was written before this one.
+        drop(self.flushes.write().await);
+        flushed
     }
 
     /// Sees to it that every open file hears of it, and the exit status.
