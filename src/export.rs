@@ -249,6 +249,8 @@ impl<B: Backend> Export<B> {
         self.check_writable()?;
         let end = offset.checked_add(len).filter(|&end| i64::try_from(end).is_ok());
         let end = end.ok_or(Errno::EFBIG)?;
+        // Others may have changed its size.
+        self.backend.stat()?;
         let size = self.backend.size();
         let grows = end > size && mode & KEEP_SIZE == 0;
         if grows && !self.capabilities.resizable {
@@ -344,6 +346,10 @@ impl<B: Backend> Export<B> {
             if (uid_changes || gid_changes) && !self.policy.allow_other {
                 return Err(Errno::EPERM);
             }
+        }
+        if has(fattr::SIZE) {
+            // Others may have changed it.
+            self.backend.stat()?;
         }
         if has(fattr::SIZE) && change.size != self.backend.size() {
             if !self.capabilities.resizable {

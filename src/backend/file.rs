@@ -15,9 +15,9 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::length::Length;
 use super::range_lock::RangeLock;
 use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
 use crate::info::LocalInfo;
@@ -73,15 +73,13 @@ pub struct FileBackend {
     /// Nobody else can see it, and nothing of it lasts.
     is_memory: bool,
     capabilities: Capabilities,
-    /// In bytes. The kernel extends and truncates one at a time (it holds the inode's lock), so this
-    /// follows the file.
-    size: AtomicU64,
+    length: Length,
 }
 
 /// The second descriptor, for direct I/O.
-    /// The kernel tells each open file once of data that was lost, whoever wrote it. No flush is made by this one.
 #[derive(Debug)]
 struct Direct {
+    /// The kernel tells each open file once of data that was lost, whoever wrote it. No flush is made by this one.
     file: Arc<File>,
     memory_align: usize,
     offset_align: u64,
@@ -191,7 +189,7 @@ impl FileBackend {
                 waits: direct.is_some(),
             },
             direct,
-            size: AtomicU64::new(size),
+            length: Length::new(size),
         })
     }
 
@@ -322,14 +320,15 @@ impl Backend for FileBackend {
     }
 
     fn size(&self) -> u64 {
-        self.size.load(Ordering::Acquire)
+        self.length.get()
     }
 
     fn stat(&self) -> io::Result<Stat> {
-        let metadata = self.file.metadata()?;
-        if !self.is_device {
-            self.size.store(metadata.len(), Ordering::Release);
-        }
+        let metadata = if self.is_device {
+            self.file.metadata()?
+        } else {
+            self.length.look(|| self.file.metadata(), Metadata::len)?
+        };
         let allocated = if self.is_device { self.size() } else { metadata.blocks() * 512 };
         Ok(Stat {
             allocated_bytes: allocated,
@@ -471,12 +470,6 @@ impl FileLane {
         }
         Ok(())
     }
-
-    fn grow_to(&self, end: u64) {
-        if end > self.backend.size() {
-            self.backend.size.fetch_max(end, Ordering::AcqRel);
-        }
-    }
 }
 
 /// The file system would have to wait, or cannot tell.
@@ -509,7 +502,7 @@ impl Lane for FileLane {
             Some((direct, _)) => self.write_around(direct, offset, data).await?,
             None => self.write_cached(offset, data).await?,
         }
-        self.grow_to(offset + data.len() as u64);
+        self.backend.length.grow_to(offset + data.len() as u64);
         if durable { self.flush().await } else { Ok(()) }
     }
 
@@ -550,7 +543,7 @@ impl Lane for FileLane {
         let mode = if keep_size { libc::FALLOC_FL_KEEP_SIZE } else { 0 };
         self.fallocate(mode, offset, len).await?;
         if !keep_size {
-            self.grow_to(offset + len);
+            self.backend.length.grow_to(offset + len);
         }
         Ok(())
     }
@@ -558,7 +551,7 @@ impl Lane for FileLane {
     async fn resize(&self, size: u64) -> io::Result<()> {
         let file = self.backend.file.clone();
         self.io.blocking(move || file.set_len(size)).await?;
-        self.backend.size.store(size, Ordering::Release);
+        self.backend.length.set(size);
         Ok(())
     }
 

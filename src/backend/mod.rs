@@ -15,6 +15,7 @@ use std::sync::Arc;
 use crate::io::Io;
 
 pub mod file;
+pub mod length;
 pub mod nbd;
 pub mod range_lock;
 

@@ -42,6 +42,8 @@ fn main() -> ExitCode {
         size::fixed_disk_ends_where_it_ends,
         size::growable_disk_grows if |k| k.resizable,
         size::truncate_keeps_both_lengths_equal if |k| k.resizable,
+        size::size_that_others_have_changed_is_known if |k| k.regular,
+        size::appends_beside_stat_are_read_back if |k| k.resizable,
         size::fallocate_past_the_end_grows if |k| k.resizable,
         size::disk_of_fixed_size_keeps_it if |k| !k.resizable,
         size::o_trunc_empties_only_what_may_grow,
@@ -66,9 +68,9 @@ fn main() -> ExitCode {
         // 17-19
         errors::error_fails_only_the_requests_that_touch_it ["blockdev"] if |k| k.name.starts_with("loop"),
         errors::flush_reaches_the_disk_and_its_failure_the_exit_status ["loop"] if |k| k.name == "loop",
+        errors::write_that_is_lost_beside_others_is_told_by_fsync ["loop"] if |k| k.name == "loop-direct",
         errors::full_file_system_says_so ["root"] if |k| k.name == "tmpfs",
         errors::servers_error_fails_only_the_requests_that_touch_it if |k| k.name == "nbdkit-unix",
-        errors::write_that_is_lost_beside_others_is_told_by_fsync ["loop"] if |k| k.name == "loop-direct",
         errors::servers_failed_flush_reaches_fsync_and_the_exit_status if |k| k.name == "nbdkit-unix",
         clients::fsx_finds_no_mismatch ["fsx"] if |k| !k.name.ends_with("-tcp"),
     ])

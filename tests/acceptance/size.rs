@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::{ENOSPC, O_DIRECT};
 use rustix::fs::{FallocateFlags, fallocate};
@@ -89,6 +90,49 @@ pub fn truncate_keeps_both_lengths_equal(case: &Case) {
         assert_eq!(len(case, &export, &image), 12_288);
         assert_eq!(fs::read(export.file()).unwrap().len(), 12_288);
     }
+}
+
+pub fn size_that_others_have_changed_is_known(case: &Case) {
+    let image = case.patchy();
+    let export = case.export(&image, &[]);
+    let file = File::options().write(true).open(export.file()).unwrap();
+    let behind = File::options().read(true).write(true).open(image.path()).unwrap();
+    // No `stat` comes in between.
+    behind.set_len(2 * SIZE as u64).unwrap();
+    file.set_len(SIZE as u64).unwrap();
+    assert_eq!(behind.metadata().unwrap().len(), SIZE as u64);
+    behind.write_all_at(&[1; 8192], SIZE as u64).unwrap();
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(&file, punch, SIZE as u64, 4096).unwrap();
+    let mut end = [2; 8192];
+    behind.read_exact_at(&mut end, SIZE as u64).unwrap();
+    assert!(end[..4096] == [0; 4096] && end[4096..] == [1; 4096]);
+}
+
+pub fn appends_beside_stat_are_read_back(case: &Case) {
+    let image = case.patchy();
+    let export = case.export(&image, &["--growable"]);
+    let file = File::options().read(true).write(true).open(export.file()).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                file.metadata().unwrap();
+                // The kernel asks only for what it does not know: a read makes it forget.
+                file.read_at(&mut [0], 0).unwrap();
+            }
+        });
+        for at in (0..2000u64).map(|n| SIZE as u64 + n * 512) {
+            file.write_all_at(&[7; 512], at).unwrap();
+            let mut read = [0; 512];
+            let len = file.read_at(&mut read, at).unwrap();
+            if len != 512 || read != [7; 512] {
+                done.store(true, Ordering::Relaxed);
+                panic!("{len} bytes at {at}");
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
 }
 
 pub fn fallocate_past_the_end_grows(case: &Case) {
