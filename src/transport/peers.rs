@@ -9,6 +9,8 @@
 //!   other thread's CPU does both copies of it, and of those that follow it in its entry.
 //! * **Small requests** are served by their queue's own thread, near the client. One that arrives in an entry
 //!   that was given away takes it home. The kernel takes the entry that was committed last, so few have to.
+//!
+//! A thread keeps its last entry: one without any would hear of nothing, the end of the connection included.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -60,12 +62,16 @@ impl Peers {
     }
 
     /// Takes the request that has arrived in `memory` at the thread of queue `here` to the thread that serves
-    /// it. Whether that is another one.
-    pub fn route(&self, here: usize, memory: Memory) -> bool {
+    /// it: this one if it `stays`. Whether that is another one.
+    pub fn route(&self, here: usize, memory: Memory, stays: bool) -> bool {
         let arrivals = &self.0[here].arrivals;
         arrivals.store(arrivals.load(Relaxed).wrapping_add(1), Relaxed);
         let large = is_large(&memory);
-        let there = if large { self.least_loaded(here) } else { usize::from(memory.queue()) };
+        let there = match (stays, large) {
+            (true, _) => here,
+            (false, true) => self.least_loaded(here),
+            (false, false) => usize::from(memory.queue()),
+        };
         let Err(memory) = self.send(there, memory, large) else { return there != here };
         // That thread has ended; the connection is about to.
         let delivered = self.send(here, memory, large);
@@ -168,7 +174,7 @@ mod tests {
     fn small_requests_stay_at_home() {
         let (peers, receivers) = Peers::new(2, 8);
         for _ in 0..8 {
-            assert!(!peers.route(0, read(0, 4096)));
+            assert!(!peers.route(0, read(0, 4096), false));
         }
         assert_eq!(given(&receivers), [8, 0]);
     }
@@ -176,7 +182,7 @@ mod tests {
     #[test]
     fn a_small_request_takes_its_entry_home() {
         let (peers, receivers) = Peers::new(2, 8);
-        assert!(peers.route(0, read(1, 4096)));
+        assert!(peers.route(0, read(1, 4096), false));
         assert_eq!(given(&receivers), [0, 1]);
     }
 
@@ -184,7 +190,7 @@ mod tests {
     fn large_requests_are_shared_evenly() {
         let (peers, receivers) = Peers::new(2, 16);
         for _ in 0..16 {
-            peers.route(0, read(0, LARGE));
+            peers.route(0, read(0, LARGE), false);
         }
         assert_eq!(given(&receivers), [8, 8]);
     }
@@ -193,16 +199,25 @@ mod tests {
     fn a_lone_large_request_stays() {
         let (peers, receivers) = Peers::new(2, 16);
         for _ in 0..4 {
-            assert!(!peers.route(0, read(0, LARGE)));
+            assert!(!peers.route(0, read(0, LARGE), false));
             peers.answered(0, &receivers[0].try_recv().unwrap());
         }
+    }
+
+    #[test]
+    fn what_stays_stays() {
+        let (peers, receivers) = Peers::new(2, 16);
+        for request in [read(0, LARGE), read(0, LARGE), read(1, 4096)] {
+            assert!(!peers.route(0, request, true));
+        }
+        assert_eq!(given(&receivers), [3, 0]);
     }
 
     #[test]
     fn a_single_queue_keeps_everything() {
         let (peers, receivers) = Peers::new(1, 4);
         for _ in 0..4 {
-            assert!(!peers.route(0, read(0, LARGE)));
+            assert!(!peers.route(0, read(0, LARGE), false));
         }
         assert_eq!(given(&receivers), [4]);
     }
@@ -212,9 +227,9 @@ mod tests {
         let (peers, mut receivers) = Peers::new(2, 4);
         receivers.pop();
         for _ in 0..4 {
-            assert!(!peers.route(0, read(1, LARGE)));
+            assert!(!peers.route(0, read(1, LARGE), false));
         }
-        assert!(!peers.route(0, read(1, 4096)));
+        assert!(!peers.route(0, read(1, 4096), false));
         assert_eq!(given(&receivers), [5]);
     }
 }

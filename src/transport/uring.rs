@@ -128,7 +128,8 @@ impl<B: Backend> Queue<B> {
         let here = usize::from(self.qid);
         let mut refused = None;
         entries.reap(|completed| match completed {
-            Ok(memory) => drop(self.peers.route(here, memory)),
+            // Nothing is known yet of how busy the threads are.
+            Ok(memory) => drop(self.peers.route(here, memory, true)),
             Err(e) => refused = Some(e),
         });
         report(match refused {
@@ -309,7 +310,10 @@ impl<B: Backend> Loop<B> {
                     pin.request_of(memory.head_struct::<InHeader>(uring_header::IN_OUT).pid);
                 }
                 small |= !peers::is_large(&memory);
-                if self.peers.route(self.here, memory) {
+                let is_last = self.entries.in_kernel() == 0
+                    && !self.peers.has_requests(self.here)
+                    && self.server.in_flight() == 0;
+                if self.peers.route(self.here, memory, is_last) {
                     self.stats.handed_over.add(1);
                 }
             }

@@ -133,6 +133,32 @@ pub fn large_requests_beside_small_ones_arrive_whole(case: &Case) {
     }
 }
 
+/// Few entries, and requests of both sizes: a queue's thread may give none of its entries away that is its last.
+pub fn threads_outlive_a_mixed_load(case: &Case) {
+    let image = case.image(&vec![0; 64 << 20]);
+    let mut export = case.export(&image, &["--queue-depth", "2"]);
+    let file = format!("--filename={}", export.file().display());
+    let all = [
+        "--ioengine=libaio",
+        "--direct=1",
+        "--rw=randread",
+        "--allow_file_create=0",
+        "--size=64m",
+        "--time_based",
+        "--runtime=3",
+    ];
+    let large = ["--name=large", "--bs=1m", "--iodepth=4", "--numjobs=2"];
+    let small = ["--name=small", "--bs=4k", "--iodepth=4"];
+    succeed(program("fio", all).arg(&file).args(large).args(small));
+    let tasks = fs::read_dir(format!("/proc/{}/task", export.pid())).unwrap();
+    let names = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("comm")).unwrap());
+    let serving =
+        names.filter(|name| name.starts_with("ring-") || name.starts_with("fuse-")).count();
+    let log = export.log();
+    assert!(log.contains(&format!(", {serving} threads")), "{serving} of: {log}");
+    export.stop(libc::SIGTERM).assert(0, &[]);
+}
+
 pub fn unaligned_io_matches_a_model(case: &Case) {
     let image = case.patchy();
     let export = case.export(&image, &[]);

@@ -60,6 +60,7 @@ fn main() -> ExitCode {
         io::shared_mapping_reaches_the_image ["python3"],
         io::clients_of_all_kinds_read_what_they_wrote ["fio"],
         io::large_requests_beside_small_ones_arrive_whole ["fio"],
+        io::threads_outlive_a_mixed_load ["fio"] if |k| k.name == "tmpfs",
         io::unaligned_io_matches_a_model,
         io::parallel_writers_do_not_mix,
         io::durable_writes_reach_the_image,
