@@ -5,7 +5,7 @@
 //! when dropped, whatever happens in between.
 
 use std::ffi::CString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -99,7 +99,7 @@ impl Mountpoint {
         }
         // mount(2) follows links and umount2(2) is told not to, so both get the path without any.
         mountpoint.path = fs::canonicalize(path).map_err(|e| fail(&e.to_string()))?;
-        match mountinfo_entry(&mountpoint.path) {
+        match mountinfo_entry(&mountpoint.path).map_err(|e| fail(&e.to_string()))? {
             Some(entry) if entry.fs_type == FS_TYPE => {
                 return Err(fail(&format!("already served, as {}", entry.source)));
             }
@@ -139,7 +139,7 @@ impl Mountpoint {
             }
             Err(e) => return Err(fail(&e.text)),
         };
-        let id = mountinfo_entry(&self.path).map(|entry| entry.id);
+        let id = mountinfo_entry(&self.path).ok().flatten().map(|entry| entry.id);
         let mount = Mount { mountpoint: self, id, by_helper };
         sys::set_nonblocking(&device).map_err(|e| MountError(format!("/dev/fuse: {e}")))?;
         Ok((mount, device))
@@ -162,7 +162,7 @@ impl Drop for Mountpoint {
 #[derive(Debug)]
 pub struct Mount {
     mountpoint: Mountpoint,
-    /// The kernel's number for it, by which it is told from a later mount in the same place.
+    /// The kernel's number for it, by which it is told from a later mount in the same place. Empty if it could not be found out.
     id: Option<u64>,
     by_helper: bool,
 }
@@ -218,9 +218,14 @@ impl Mount {
         }
     }
 
-    /// Whether the mount is still in its place.
+    /// Whether the mount is still in its place. If that cannot be found out, an unmount will.
     fn is_there(&self) -> bool {
-        mountinfo_entry(self.path()).map(|entry| entry.id) == self.id && self.id.is_some()
+        match (mountinfo_entry(self.path()), self.id) {
+            (Ok(Some(entry)), Some(id)) => entry.id == id,
+            (Ok(Some(entry)), None) => entry.fs_type == FS_TYPE,
+            (Ok(None), _) => false,
+            (Err(_), _) => true,
+        }
     }
 }
 
@@ -337,7 +342,8 @@ fn clear_dead_mount(path: &Path) {
     let dead = fs::metadata(path)
         .is_err_and(|e| matches!(e.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED)));
     let Some(full) = dead.then(|| lexical_path(path)).flatten() else { return };
-    if mountinfo_entry(&full).is_some_and(|entry| entry.fs_type == FS_TYPE) {
+    let mounted = mountinfo_entry(&full).ok().flatten();
+    if mounted.is_some_and(|entry| entry.fs_type == FS_TYPE) {
         log::warn!("{}: unmounting what a killed diskfuse left there", path.display());
         if sys::umount(&full, libc::MNT_DETACH).is_err() {
             // An ordinary user's mounts are the helper's to end; the check that follows reports a failure.
@@ -354,7 +360,7 @@ fn lexical_path(path: &Path) -> Option<PathBuf> {
 }
 
 fn is_mounted(path: &Path) -> bool {
-    lexical_path(path).is_some_and(|path| mountinfo_entry(&path).is_some())
+    lexical_path(path).is_some_and(|path| matches!(mountinfo_entry(&path), Ok(Some(_))))
 }
 
 /// A line of /proc/self/mountinfo.
@@ -366,10 +372,11 @@ struct Entry {
 }
 
 /// What is mounted on `path`, the topmost if several are.
-fn mountinfo_entry(path: &Path) -> Option<Entry> {
-    let mut text = Vec::new();
-    File::open("/proc/self/mountinfo").and_then(|mut f| f.read_to_end(&mut text)).ok()?;
-    find_entry(&text, path)
+fn mountinfo_entry(path: &Path) -> io::Result<Option<Entry>> {
+    const MOUNTINFO: &str = "/proc/self/mountinfo";
+    let text = fs::read(MOUNTINFO);
+    let text = text.map_err(|e| io::Error::new(e.kind(), format!("{MOUNTINFO}: {e}")))?;
+    Ok(find_entry(&text, path))
 }
 
 fn find_entry(mountinfo: &[u8], path: &Path) -> Option<Entry> {
