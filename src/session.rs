@@ -23,7 +23,7 @@ use crate::transport::uring::{Progress, Queue};
 /// The kernel sends INIT as soon as the mount exists; this is for a machine that is very busy.
 const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// More /dev/fuse workers than this only get in each other's way at the one queue.
-const MOST_WORKERS: usize = 8;
+pub const MOST_WORKERS: usize = 8;
 /// Requests in flight for each worker, unless the user says otherwise.
 const WORKER_DEPTH: usize = 128;
 /// What INIT asks for; the kernel grants what it has of these.
@@ -167,6 +167,7 @@ impl Session {
             self.spawn(format!("ring-{qid}"), ended, move || queue.run(report, receiver))
                 .map_err(|e| format!("a thread cannot be started: {e}"))?;
         }
+        drop(report);
         // The first failure ends it: dropping `proceed` ends the threads that are ready.
         for _ in 0..queues {
             match progress.recv() {
@@ -283,6 +284,7 @@ fn no_ring(e: &io::Error) -> String {
         Some(libc::ENOMEM) => {
             "not enough memory for the rings (a larger ulimit -l, or a smaller --queue-depth)".into()
         }
+        Some(libc::EMFILE) => "not enough open files for the rings (a larger ulimit -n)".into(),
         _ => format!("a ring cannot be set up ({e})"),
     }
 }

@@ -76,6 +76,25 @@ pub struct Queue<B: Backend> {
     pub stats: Arc<ThreadStats>,
 }
 
+/// Whom a queue's thread tells how far it has come. Also that it has panicked: the others are still there, so the
+/// channel stays open.
+struct Reporter(mpsc::Sender<Progress>);
+
+impl Reporter {
+    fn report(&self, progress: Progress) {
+        // A session that has gone away does not listen; `proceed` says the same.
+        let _ = self.0.send(progress);
+    }
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.report(Progress::Refused(io::Error::other("its thread has panicked")));
+        }
+    }
+}
+
 /// How far a queue has come. INIT's reply must not promise io_uring before all rings exist (the kernel
 /// would wait for them for ever), and no entry can be registered before INIT is answered.
 #[derive(Debug)]
@@ -98,31 +117,32 @@ impl<B: Backend> Queue<B> {
         progress: mpsc::Sender<Progress>,
         proceed: mpsc::Receiver<()>,
     ) -> io::Result<()> {
-        // A session that has gone away does not listen; `proceed` says the same.
-        let report = |p| drop(progress.send(p));
+        let reporter = Reporter(progress);
         let waits = self.export.backend().capabilities().waits;
         let first = if waits { self.depth } else { self.depth.min(FIRST_ENTRIES) };
-        let set_up = || Ok((Ring::new(self.depth as u32)?, Memory::allocate(self.qid, first)?));
-        let (ring, memory) = match set_up() {
+        let executor = Rc::new(LocalExecutor::new());
+        let set_up = || {
+            let ring = Ring::new(self.depth as u32)?;
+            let memory = Memory::allocate(self.qid, first)?;
+            let lane = self.export.backend().lane(&Io::in_ring(ring.clone(), executor.clone()))?;
+            io::Result::Ok((ring, memory, lane, Doorbell::new()?))
+        };
+        let (ring, memory, lane, doorbell) = match set_up() {
             Ok(done) => done,
             Err(e) => {
-                report(Progress::NoRing(e));
+                reporter.report(Progress::NoRing(e));
                 return Ok(());
             }
         };
-        let executor = Rc::new(LocalExecutor::new());
-        let io = Io::in_ring(ring.clone(), executor.clone());
-        let lane = self.export.backend().lane(&io)?;
         let server = Server::new(self.export, lane, executor.clone(), self.stats.clone());
-        let doorbell = Doorbell::new()?;
-        report(Progress::Ready);
+        reporter.report(Progress::Ready);
         if proceed.recv().is_err() {
             return Ok(());
         }
 
         let entries = Rc::new(Entries::new(ring.clone(), self.device));
         if let Err(e) = entries.register(memory) {
-            report(Progress::Refused(io::Error::new(e.kind(), e.to_string())));
+            reporter.report(Progress::Refused(io::Error::new(e.kind(), e.to_string())));
             return Err(e);
         }
         let here = usize::from(self.qid);
@@ -132,7 +152,7 @@ impl<B: Backend> Queue<B> {
             Ok(memory) => drop(self.peers.route(here, memory, true)),
             Err(e) => refused = Some(e),
         });
-        report(match refused {
+        reporter.report(match refused {
             Some(e) => Progress::Refused(e),
             None => Progress::Registered,
         });
