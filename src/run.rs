@@ -158,7 +158,7 @@ fn serve<B: Backend>(
 ) -> Result<u8, Failure> {
     let mut pidfile =
         config.pidfile.as_deref().map(Pidfile::lock).transpose().map_err(Failure::Serving)?;
-    let (path, _folder) = place(config)?;
+    let (path, folder) = place(config)?;
     let read_only = config.read_only || backend.capabilities().read_only;
     let (mount, device, allow_other) = mount(config, &path, read_only)?;
     let (uid, gid) = sys::effective_ids();
@@ -192,9 +192,9 @@ fn serve<B: Backend>(
         log::info!("served by {}", stats.line(transport));
     }
     let result = announced.and_then(|()| verdict(config, &export, ended)).map(|()| status);
-    if ended == Ended::Abandoned {
+    if let Ended::Abandoned { .. } = ended {
         // Threads still use the lane and the connection: leave without their destructors.
-        drop(pidfile);
+        drop((pidfile, folder));
         if let Err(failure) = &result {
             daemon::say(&failure.to_string());
         }
@@ -216,7 +216,7 @@ fn verdict<B: Backend>(config: &Config, export: &Export<B>, ended: Ended) -> Res
             "{source}: a flush failed while it was served, so writes may be lost"
         )));
     }
-    if ended == Ended::Failed {
+    if let Ended::Failed | Ended::Abandoned { failed: true } = ended {
         return Err(Failure::Serving(format!("{source}: no longer served, see above")));
     }
     Ok(())
@@ -248,7 +248,10 @@ enum Ended {
     /// A thread failed.
     Failed,
     /// Threads are still there; the mount is out of sight.
-    Abandoned,
+    Abandoned {
+        /// Another one failed before.
+        failed: bool,
+    },
 }
 
 /// What the control thread waits for.
@@ -378,7 +381,7 @@ impl Control {
                     let path = mounted.path().display();
                     log::warn!("{path}: requests in flight are abandoned");
                     drop(mount);
-                    return (Ended::Abandoned, status);
+                    return (Ended::Abandoned { failed }, status);
                 }
             }
             let timeout = (self.stop.is_some() && mount.is_some()).then_some(RETRY);
