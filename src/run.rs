@@ -150,6 +150,23 @@ fn place(config: &Config) -> Result<(PathBuf, Option<TempDir>), Failure> {
     Ok((folder.path().join(name.unwrap_or("disk".as_ref())), Some(folder)))
 }
 
+/// Threads that serve need descriptors, and without them would fail one after the other behind a mount.
+fn allow_open_files(config: &Config) -> Result<(), Failure> {
+    const IN_ALL: u64 = 32;
+    const FOR_EACH_THREAD: u64 = 8;
+    let by_ring = config.io_uring != When::Off;
+    let threads = if by_ring { sys::possible_cpus().unwrap_or(0) } else { 0 };
+    let wanted = IN_ALL + FOR_EACH_THREAD * threads.max(session::MOST_WORKERS) as u64;
+    match sys::allow_open_files(wanted) {
+        Ok(allowed) if allowed < wanted => Err(Failure::Mount(format!(
+            "{allowed} open files are not enough: {wanted} may be needed (a larger ulimit -n{})",
+            if by_ring { ", or --io-uring off" } else { "" }
+        ))),
+        Ok(_) => Ok(()),
+        Err(e) => Err(Failure::Mount(format!("the limit of open files: {e}"))),
+    }
+}
+
 fn serve<B: Backend>(
     config: &Config,
     backend: Arc<B>,
@@ -158,6 +175,7 @@ fn serve<B: Backend>(
 ) -> Result<u8, Failure> {
     let mut pidfile =
         config.pidfile.as_deref().map(Pidfile::lock).transpose().map_err(Failure::Serving)?;
+    allow_open_files(config)?;
     let (path, folder) = place(config)?;
     let read_only = config.read_only || backend.capabilities().read_only;
     let (mount, device, allow_other) = mount(config, &path, read_only)?;
@@ -258,6 +276,7 @@ enum Ended {
 struct Control {
     poller: Arc<Poller>,
     signals: OwnedFd,
+    signals_before: sys::Signals,
     events: Events,
     /// The command of `--run`.
     command: Option<Child>,
@@ -268,15 +287,18 @@ struct Control {
 
 impl Control {
     fn new(watch_command: bool) -> io::Result<Control> {
-        let mut signals = vec![libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+        let mut signals = vec![libc::SIGINT, libc::SIGTERM];
+        // Under nohup(1) it goes on when the terminal is gone; a descriptor reads even what is ignored.
+        signals.extend((!sys::is_ignored(libc::SIGHUP)).then_some(libc::SIGHUP));
         signals.extend(watch_command.then_some(libc::SIGCHLD));
-        let signals = sys::signal_fd(&signals)?;
+        let (signals, signals_before) = sys::signal_fd(&signals)?;
         let poller = Arc::new(Poller::new()?);
         // Deleted in `Drop`, before it is closed.
         sys::watch(&poller, &signals, Event::readable(0))?;
         Ok(Control {
             poller,
             signals,
+            signals_before,
             events: Events::new(),
             command: None,
             stop: None,
@@ -315,13 +337,12 @@ impl Control {
             background.ready().map_err(|e| Failure::Serving(format!("background: {e}")))?;
         }
         if let Some(command) = &config.run {
-            let child = std::process::Command::new("/bin/sh")
-                .arg("-c")
-                .arg(command)
-                .env("DISKFUSE_FILE", path)
-                .spawn();
-            self.command =
-                Some(child.map_err(|e| Failure::Serving(format!("--run {command}: {e}")))?);
+            let mut shell = std::process::Command::new("/bin/sh");
+            shell.arg("-c").arg(command).env("DISKFUSE_FILE", path);
+            sys::restore_signals(&mut shell, self.signals_before);
+            let child =
+                shell.spawn().map_err(|e| Failure::Serving(format!("--run {command}: {e}")))?;
+            self.command = Some(child);
         }
         Ok(())
     }

@@ -335,23 +335,82 @@ pub fn inherit(command: &mut std::process::Command, fd: RawFd) {
     unsafe { command.pre_exec(move || keep_on_exec(fd)) };
 }
 
-/// Blocks `signals` in this thread and all threads that it starts, and returns a descriptor that reads
-/// them (`signalfd(2)`), not blocking.
-pub fn signal_fd(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
+/// How signals were when this process was started, for a command that it starts in turn.
+#[derive(Clone, Copy)]
+pub struct Signals {
+    mask: libc::sigset_t,
+    /// What SIGXFSZ did.
+    file_size: libc::sighandler_t,
+}
+
+/// Blocks `signals` in this thread and all threads that it starts, and returns a descriptor that reads them
+/// (`signalfd(2)`), not blocking. SIGXFSZ is ignored from then on: a write past the file size limit is to fail, not to
+/// kill the program. Also says how all of that was before.
+pub fn signal_fd(signals: &[libc::c_int]) -> io::Result<(OwnedFd, Signals)> {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigemptyset initialises the set that the others read; the descriptor is ours.
+    let mut mask = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initialises the set that the others read, and pthread_sigmask the former mask; no handler is
+    // installed; the descriptor is ours.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         for &signal in signals {
             libc::sigaddset(set.as_mut_ptr(), signal);
         }
-        match libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut()) {
+        match libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), mask.as_mut_ptr()) {
             0 => {}
             errno => return Err(io::Error::from_raw_os_error(errno)),
         }
+        let file_size = libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+        if file_size == libc::SIG_ERR {
+            return Err(io::Error::last_os_error());
+        }
         let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
-        Ok(owned(check(libc::signalfd(-1, set.as_ptr(), flags))?))
+        let fd = owned(check(libc::signalfd(-1, set.as_ptr(), flags))?);
+        Ok((fd, Signals { mask: mask.assume_init(), file_size }))
     }
+}
+
+/// Has the child that `command` starts find signals as they were `before`.
+pub fn restore_signals(command: &mut std::process::Command, before: Signals) {
+    use std::os::unix::process::CommandExt;
+    let restore = move || {
+        // SAFETY: both are async-signal-safe; the mask is a valid one, and what SIGXFSZ did is no handler of another
+        // program.
+        unsafe {
+            libc::signal(libc::SIGXFSZ, before.file_size);
+            match libc::pthread_sigmask(libc::SIG_SETMASK, &before.mask, std::ptr::null_mut()) {
+                0 => Ok(()),
+                errno => Err(io::Error::from_raw_os_error(errno)),
+            }
+        }
+    };
+    // SAFETY: see above; it allocates nothing.
+    unsafe { command.pre_exec(restore) };
+}
+
+/// Whether this process was started with `signal` ignored, as nohup(1) does.
+pub fn is_ignored(signal: libc::c_int) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: nothing is changed; `action` has room for the structure, and zeroes are a valid one.
+    unsafe {
+        let asked = libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
+        asked == 0 && action.assume_init().sa_sigaction == libc::SIG_IGN
+    }
+}
+
+/// Sees to it that `wanted` files can be open at once, as far as the hard limit (`RLIMIT_NOFILE`) allows. How many can be.
+pub fn allow_open_files(wanted: u64) -> io::Result<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both only read or fill in the structure.
+    unsafe {
+        check(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit))?;
+        let needed = wanted.min(limit.rlim_max);
+        if needed > limit.rlim_cur {
+            limit.rlim_cur = needed;
+            check(libc::setrlimit(libc::RLIMIT_NOFILE, &limit))?;
+        }
+    }
+    Ok(limit.rlim_cur)
 }
 
 /// Watches `source` with `poller`. The caller deletes it from the poller before either is closed, which is

@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod processes;
 
 use std::fs;
 use std::process::{Command, ExitCode, Stdio};
@@ -234,7 +235,7 @@ fn main() -> ExitCode {
         trial("help_names_every_exit_status".into(), vec![], help_names_every_exit_status),
         trial("nothing_is_said_without_need".into(), vec!["fuse"], nothing_is_said_without_need),
     ];
-    let trials: Vec<Trial> = refusals.chain(others).collect();
+    let trials: Vec<Trial> = refusals.chain(others).chain(processes::trials()).collect();
     run_trials(trials)
 }
 

@@ -1,0 +1,95 @@
+//! The program as a process: what it takes over from whoever starts it, and what it passes on.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::process::{Command, Output};
+
+use libtest_mimic::Trial;
+
+use crate::common::export::{Export, binary};
+use crate::common::sandbox::Sandbox;
+use crate::common::suite::trial;
+use crate::common::{assert_errno, program};
+
+pub fn trials() -> Vec<Trial> {
+    let trial = |name: &str, test: fn()| trial(name.into(), vec!["fuse"], test);
+    vec![
+        trial("command_waits_for_its_children", command_waits_for_its_children),
+        trial("command_can_be_signalled", command_can_be_signalled),
+        trial("hangup_is_ignored_under_nohup", hangup_is_ignored_under_nohup),
+        trial("file_size_limit_fails_the_write", file_size_limit_fails_the_write),
+        trial("too_few_open_files_are_refused", too_few_open_files_are_refused),
+        trial("open_files_are_allowed_up_to_the_hard_limit", open_files_are_allowed),
+    ]
+}
+
+/// `--run command`, in memory, ended by timeout(1) if it hangs.
+fn run(command: &str) -> Output {
+    program("timeout", ["--kill-after=1", "30", binary(), "--run", command, "mem:1M"])
+        .output()
+        .unwrap()
+}
+
+/// Has `shell` said before the program is started by the same process.
+fn after(shell: &str, command: &mut Command) {
+    let mut shelled = program("bash", ["-c", &format!("{shell}; exec \"$@\""), "bash"]);
+    shelled.arg(command.get_program()).args(command.get_args()).env("RUST_LOG", "info");
+    *command = shelled;
+}
+
+fn export(sandbox: &Sandbox, source: &str, shell: &str) -> Export {
+    Export::try_start(source, &sandbox.join("disk"), &[], |command| after(shell, command))
+        .unwrap_or_else(|ended| panic!("{}", ended.log))
+}
+
+/// The shell waits for SIGCHLD, which the program itself blocks.
+fn command_waits_for_its_children() {
+    let output = run("sleep 0.1 & wait; echo waited");
+    assert!(output.status.success() && output.stdout == b"waited\n", "{output:?}");
+}
+
+fn command_can_be_signalled() {
+    let output = run("kill -TERM $$; echo still here");
+    assert!(output.status.code() == Some(143) && output.stdout.is_empty(), "{output:?}");
+    // By the program, which was signalled; and there is no shell in between.
+    let output = run("kill -TERM $PPID; exec sleep 60");
+    assert_eq!(output.status.code(), Some(143), "{output:?}");
+}
+
+fn hangup_is_ignored_under_nohup() {
+    let sandbox = Sandbox::new();
+    let mut export = export(&sandbox, "mem:1M", "trap '' HUP");
+    export.kill(libc::SIGHUP);
+    let ended = export.stop(libc::SIGTERM);
+    ended.assert(0, &["signal 15"]);
+    assert!(!ended.log.contains("signal 1\n"), "{}", ended.log);
+}
+
+fn file_size_limit_fails_the_write() {
+    let sandbox = Sandbox::new();
+    let image = sandbox.join("image");
+    File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    // In units of 1024 bytes.
+    let mut export = export(&sandbox, image.to_str().unwrap(), "ulimit -f 512");
+    let file = File::options().write(true).open(export.file()).unwrap();
+    file.write_all_at(&[1; 4096], 0).unwrap();
+    assert_errno(file.write_all_at(&[1; 4096], 768 << 10), libc::EFBIG);
+    drop(file);
+    export.stop(libc::SIGTERM).assert(0, &[]);
+    assert_eq!(fs::read(&image).unwrap()[..4096], [1; 4096]);
+}
+
+fn too_few_open_files_are_refused() {
+    let sandbox = Sandbox::new();
+    let disk = sandbox.join("disk");
+    let refused = Export::try_start("mem:1M", &disk, &[], |command| after("ulimit -n 16", command));
+    refused.err().expect("a refusal").assert(4, &["ulimit -n"]);
+    assert_eq!(sandbox.names(), [""; 0]);
+}
+
+fn open_files_are_allowed() {
+    let sandbox = Sandbox::new();
+    let mut export = export(&sandbox, "mem:1M", "ulimit -Sn 16");
+    assert_eq!(fs::read(export.file()).unwrap(), vec![0; 1 << 20]);
+    export.stop(libc::SIGTERM).assert(0, &[]);
+}
