@@ -150,6 +150,17 @@ fn place(config: &Config) -> Result<(PathBuf, Option<TempDir>), Failure> {
     Ok((folder.path().join(name.unwrap_or("disk".as_ref())), Some(folder)))
 }
 
+/// Requests lie in memory at 4 KiB and multiples of it, and a request's longest payload is counted in pages.
+fn check_page_size() -> Result<(), Failure> {
+    match sys::page_size() {
+        Ok(4096) => Ok(()),
+        Ok(size) => Err(Failure::Mount(format!(
+            "pages of {size} bytes: a kernel with pages of 4096 is needed"
+        ))),
+        Err(e) => Err(Failure::Mount(format!("the size of a page: {e}"))),
+    }
+}
+
 /// Threads that serve need descriptors, and without them would fail one after the other behind a mount.
 fn allow_open_files(config: &Config) -> Result<(), Failure> {
     const IN_ALL: u64 = 32;
@@ -175,6 +186,7 @@ fn serve<B: Backend>(
 ) -> Result<u8, Failure> {
     let mut pidfile =
         config.pidfile.as_deref().map(Pidfile::lock).transpose().map_err(Failure::Serving)?;
+    check_page_size()?;
     allow_open_files(config)?;
     let (path, folder) = place(config)?;
     let read_only = config.read_only || backend.capabilities().read_only;

@@ -407,6 +407,13 @@ pub fn allow_open_files(wanted: u64) -> io::Result<u64> {
         let needed = wanted.min(limit.rlim_max);
         if needed > limit.rlim_cur {
             limit.rlim_cur = needed;
+/// The size of a page in bytes.
+pub fn page_size() -> io::Result<u64> {
+    // SAFETY: no pointers.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(size).map_err(|_| io::Error::last_os_error())
+}
+
             check(libc::setrlimit(libc::RLIMIT_NOFILE, &limit))?;
         }
     }
