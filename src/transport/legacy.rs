@@ -114,16 +114,20 @@ impl Channel {
         stats: &ThreadStats,
     ) -> io::Result<()> {
         loop {
+            // Not with the baton in hand: another worker may have memory.
+            let mut first = Some(self.free_memory().await);
             let turn = self.wait(server, baton.lock()).await;
             let mut in_a_row = 0;
             let long = loop {
-                let memory = self.free_memory().await;
+                let Some(memory) = first.take().or_else(|| self.free.borrow_mut().pop()) else {
+                    break None;
+                };
                 match self.read(memory) {
                     Ok(slot) => {
                         poller.busy();
                         in_a_row += 1;
                         if in_a_row == BACKLOG || slot.request_len() >= LONG {
-                            break slot;
+                            break Some(slot);
                         }
                         server.serve(slot).await;
                     }
@@ -142,6 +146,7 @@ impl Channel {
                 }
             };
             drop(turn);
+            let Some(long) = long else { continue };
             server.serve(long).await;
             match self.help(server).await {
                 Stop::Empty => {}
