@@ -65,9 +65,11 @@ impl Io {
             let reaped = ring.clone();
             let reaper = async move {
                 let mut count = [0; 8];
-                while completions.read_with(|fd| sys::read(fd, &mut count)).await.is_ok()
-                    && reaped.enter(false).is_ok()
-                {
+                loop {
+                    let woken = completions.read_with(|fd| sys::read(fd, &mut count)).await;
+                    if let Err(e) = woken.and_then(|_| reaped.enter(false)) {
+                        return log::error!("a worker's ring: {e}");
+                    }
                     reaped.reap(|_, _| unreachable!("a private ring has no FUSE entries"));
                 }
             };

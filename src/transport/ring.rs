@@ -350,12 +350,12 @@ impl Drop for Operation<'_> {
 }
 
 /// What an enter says that is no failure: the caller's loop comes round again. EBUSY: completions must be
-/// reaped first, which it does next. ETIME: the sleep is over.
+/// reaped first, which it does next. EAGAIN: there is no memory for a request just now. ETIME: the sleep is over.
 fn settle(entered: io::Result<usize>) -> io::Result<()> {
     match entered {
         Ok(_) => Ok(()),
         Err(e) => match e.raw_os_error() {
-            Some(libc::EINTR | libc::EBUSY | libc::ETIME) => Ok(()),
+            Some(libc::EINTR | libc::EBUSY | libc::EAGAIN | libc::ETIME) => Ok(()),
             _ => Err(e),
         },
     }
