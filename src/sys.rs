@@ -165,6 +165,15 @@ pub fn block_device_size(file: &File) -> io::Result<u64> {
     Ok(size)
 }
 
+/// Whether a block device is switched to read-only (`BLKROGET`): it may be opened for writing all the same.
+pub fn is_read_only_device(file: &File) -> bool {
+    const BLKROGET: libc::c_ulong = 0x125e;
+    let mut read_only: libc::c_int = 0;
+    // SAFETY: the request writes one int. A file that is no block device refuses it.
+    let asked = unsafe { libc::ioctl(file.as_raw_fd(), BLKROGET, &raw mut read_only) };
+    asked == 0 && read_only != 0
+}
+
 /// A block device's logical block size in bytes (`BLKSSZGET`).
 pub fn logical_block_size(file: &File) -> io::Result<u32> {
     const BLKSSZGET: libc::c_ulong = 0x1268;
@@ -398,6 +407,13 @@ pub fn is_ignored(signal: libc::c_int) -> bool {
     }
 }
 
+/// The size of a page in bytes.
+pub fn page_size() -> io::Result<u64> {
+    // SAFETY: no pointers.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(size).map_err(|_| io::Error::last_os_error())
+}
+
 /// Sees to it that `wanted` files can be open at once, as far as the hard limit (`RLIMIT_NOFILE`) allows. How many can be.
 pub fn allow_open_files(wanted: u64) -> io::Result<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -407,13 +423,6 @@ pub fn allow_open_files(wanted: u64) -> io::Result<u64> {
         let needed = wanted.min(limit.rlim_max);
         if needed > limit.rlim_cur {
             limit.rlim_cur = needed;
-/// The size of a page in bytes.
-pub fn page_size() -> io::Result<u64> {
-    // SAFETY: no pointers.
-    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    u64::try_from(size).map_err(|_| io::Error::last_os_error())
-}
-
             check(libc::setrlimit(libc::RLIMIT_NOFILE, &limit))?;
         }
     }

@@ -104,14 +104,10 @@ impl FileBackend {
         };
         let mut read_only = options.read_only;
         let mut opened = open(!read_only, 0);
-        if let Err(e) = &opened
+        if let Some(why) = why_not_writable(&opened)
             && !read_only
-            && matches!(
-                e.raw_os_error(),
-                Some(libc::EACCES | libc::EPERM | libc::EROFS | libc::ETXTBSY)
-            )
         {
-            log::info!("{} cannot be written ({e}): read-only", path.display());
+            log::info!("{} cannot be written ({why}): read-only", path.display());
             read_only = true;
             opened = open(false, 0);
         }
@@ -143,7 +139,7 @@ impl FileBackend {
         let name = path.display().to_string();
         let info = LocalInfo::of(name, &backend)
             .map_err(|e| OpenError(format!("{}: {e}", path.display())))?;
-        let read_only = OpenOptions::new().write(true).open(path).is_err();
+        let read_only = why_not_writable(&OpenOptions::new().write(true).open(path)).is_some();
         Ok(LocalInfo { read_only, resizable: !read_only && !backend.is_device, ..info })
     }
 
@@ -246,6 +242,18 @@ fn lock(file: &File) -> io::Result<()> {
 fn open_again(file: &File, read_only: bool, flags: libc::c_int) -> io::Result<File> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path)
+}
+
+/// Why what was opened for writing cannot be written, if it is that.
+fn why_not_writable(opened: &io::Result<File>) -> Option<String> {
+    match opened {
+        Ok(file) => sys::is_read_only_device(file).then(|| "the device is read-only".into()),
+        Err(e) => matches!(
+            e.raw_os_error(),
+            Some(libc::EACCES | libc::EPERM | libc::EROFS | libc::ETXTBSY)
+        )
+        .then(|| e.to_string()),
+    }
 }
 
 fn check_type(metadata: &Metadata) -> Result<(), &'static str> {

@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         // 5-7
         modes::read_only_stays_read_only,
         modes::image_that_cannot_be_written_is_read_only if |k| k.regular,
+        modes::device_that_cannot_be_written_is_read_only ["blockdev"] if |k| k.name.starts_with("loop"),
         modes::chmod_and_chown_within_what_makes_sense,
         modes::other_user_is_shut_out_unless_allowed ["root"],
         modes::owner_can_be_chosen ["root"],

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use libc::{EACCES, EPERM, EROFS};
 use rustix::fs::{FallocateFlags, fallocate};
 
+use crate::common::export::binary;
 use crate::common::suite::Case;
 use crate::common::{USER, assert_errno, fail, is_root, program, succeed};
 
@@ -60,6 +61,15 @@ pub fn image_that_cannot_be_written_is_read_only(case: &Case) {
     } else {
         is_exported_read_only(case, &image);
     }
+}
+
+pub fn device_that_cannot_be_written_is_read_only(case: &Case) {
+    let image = case.patchy();
+    let device = image.source.as_str();
+    succeed(&mut program("blockdev", ["--setro", device]));
+    is_exported_read_only(case, &image);
+    let info = succeed(&mut program(binary(), ["--info", device]));
+    assert!(info.lines().any(|line| line.contains("read only") && line.contains("yes")), "{info}");
 }
 
 fn is_exported_read_only(case: &Case, image: &crate::common::image::Image) {
