@@ -94,6 +94,7 @@ impl<B: Backend> Server<B> {
             Err(errno) => {
                 log::debug!("opcode {}: {errno:?}", slot.opcode());
                 self.stats.others.add(1);
+                self.stats.errors.add(1);
                 return slot.reply(Err(errno));
             }
         };
