@@ -320,6 +320,9 @@ impl Table {
 
     /// Data for `offset..offset + length` of the export arrives next. `None`: it must be drained,
     /// and the read will fail. Otherwise its place in the buffer.
+    ///
+    /// More than was asked for is not waited for: every answer behind it would have to wait too, and
+    /// a chunk may claim up to 2⁶⁴ bytes.
     pub fn begin_data(
         &mut self,
         cookie: Cookie,
@@ -329,6 +332,10 @@ impl Table {
         let entry = self.awaiting(cookie)?;
         if entry.command != Command::Read {
             return Err("data arrives for a request that is no READ".into());
+        }
+        if length > entry.length {
+            let asked = entry.length;
+            return Err(format!("a chunk claims {length} bytes of a READ of {asked}").into());
         }
         let at = offset.checked_sub(entry.offset);
         let end = at.and_then(|at| at.checked_add(length)).filter(|end| *end <= entry.length);
@@ -570,7 +577,7 @@ pub mod tests {
 
     #[test]
     fn missing_twofold_and_stray_bytes_fail_the_read_only() {
-        for chunks in [&[(100, 9)][..], &[(100, 6), (105, 5)], &[(99, 11)], &[(100, 11)], &[]] {
+        for chunks in [&[(100, 9)][..], &[(100, 6), (105, 5)], &[(99, 10)], &[(101, 10)], &[]] {
             let mut table = Table::new();
             let mut buf = [7; 10];
             let cookie = read(&mut table, 100, &mut buf);
@@ -580,6 +587,19 @@ pub mod tests {
             table.complete(cookie, &mut Vec::new()).unwrap();
             assert_eq!(answer(&mut table, cookie), Some(Err(libc::EIO)), "{chunks:?}");
         }
+    }
+
+    #[test]
+    fn more_bytes_than_were_asked_for_are_a_violation() {
+        let mut table = Table::new();
+        let mut buf = [7; 10];
+        let cookie = read(&mut table, 100, &mut buf);
+        for (offset, length) in [(100, 11), (99, 11), (0, u64::MAX), (u64::MAX, u64::MAX)] {
+            assert!(table.begin_data(cookie, offset, length).is_err(), "{length} at {offset}");
+            assert!(table.hole(cookie, offset, length).is_err(), "{length} at {offset}");
+        }
+        assert_eq!(table.begin_data(cookie, 100, 10).unwrap(), Some(0));
+        assert_eq!(buf, [7; 10]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::super::connection::Connection;
 use super::super::inflight::Extent;
 use super::super::inflight::Sending::{ByPages, Copied};
 use super::super::wire::{Command, Headers};
-use super::peer::{CONTEXT, chunk, connection, drive};
+use super::peer::{CONTEXT, Seen, chunk, connection, drive};
 
 fn errno(result: std::io::Result<()>) -> i32 {
     result.unwrap_err().raw_os_error().unwrap()
@@ -178,6 +178,44 @@ fn wrong_contents_fail_the_read_and_wrong_framing_ends_the_connection() {
     let simple = |c: u64| [&0x6744_6698_0000_0000_u64.to_be_bytes()[..], &c.to_be_bytes()].concat();
     assert_eq!(after(s, simple), (eio, false));
     assert_eq!(after(Headers::Extended, simple), (eio, false));
+}
+
+#[test]
+fn an_answer_that_claims_too_much_ends_the_connection_at_once() {
+    for headers in [Headers::Structured, Headers::Extended] {
+        let long = |length| [&4096_u64.to_be_bytes()[..], &vec![0; length]].concat();
+        let whole = move |c| chunk(headers, c, true, 1, &long(101));
+        assert_eq!(after(headers, whole), (libc::EIO, false));
+        // The most that can be claimed; none of it ever comes.
+        let claim = move |c| {
+            let mut bytes = chunk(headers, c, true, 1, &[]);
+            let width = if headers == Headers::Extended { 8 } else { 4 };
+            let length = bytes.len() - width;
+            bytes[length..].fill(0xff);
+            [bytes, long(0)].concat()
+        };
+        assert_eq!(after(headers, claim), (libc::EIO, false));
+    }
+}
+
+#[test]
+fn replies_behind_one_that_claims_too_much_are_not_waited_for() {
+    let (connection, peer) = connection(Headers::Structured, |mut peer| {
+        let (a, b) = (peer.request().unwrap(), peer.request().unwrap());
+        let answer = |seen: &Seen, length| {
+            let payload = [&seen.offset.to_be_bytes()[..], &vec![0; length]].concat();
+            chunk(Headers::Structured, seen.cookie, true, 1, &payload)
+        };
+        peer.send(&[answer(&a, 11), answer(&b, 10)].concat());
+        assert_eq!(peer.request(), None);
+    });
+    drive(&connection, async |_| {
+        let (mut a, mut b) = ([0; 10], [0; 10]);
+        let (a, b) = zip(connection.read(0, &mut a), connection.read(10, &mut b)).await;
+        assert_eq!((errno(a), errno(b)), (libc::EIO, libc::EIO));
+    });
+    assert!(connection.is_lost());
+    peer.join().unwrap();
 }
 
 #[test]
