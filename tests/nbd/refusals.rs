@@ -62,7 +62,8 @@ fn nbdkit(sandbox: &Sandbox, words: &[&str]) -> (String, Option<Box<dyn Send>>) 
 }
 
 /// Something on TCP that says this to whoever connects, and then waits for the test's end.
-fn says(text: &'static str) -> (String, Option<Box<dyn Send>>) {
+fn says(bytes: impl Into<Vec<u8>>) -> (String, Option<Box<dyn Send>>) {
+    let bytes = bytes.into();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("nbd://{}/", listener.local_addr().unwrap());
     let streams = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
@@ -71,7 +72,7 @@ fn says(text: &'static str) -> (String, Option<Box<dyn Send>>) {
         for stream in listener.incoming() {
             let mut stream = stream.unwrap();
             // The program may have gone.
-            let _ = stream.write_all(text.as_bytes());
+            let _ = stream.write_all(&bytes);
             kept.lock().unwrap().push(stream);
         }
     });
@@ -155,6 +156,17 @@ const REFUSALS: &[Refusal] = &[
         make: |sandbox| nbdkit(sandbox, &["memory", "0"]),
         needs: &["nbd", "nbdkit"],
         says: &["size zero"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "larger_than_any_file",
+        make: |_| {
+            // The old style: two magic numbers, the size, flags and zeroes.
+            let magic = [*b"NBDMAGIC", 0x0000_4202_8186_1253_u64.to_be_bytes()];
+            let size = (1_u64 << 63).to_be_bytes();
+            says([&magic.concat()[..], &size, &[0, 0, 0, 1], &[0; 124]].concat())
+        },
+        says: &["9223372036854775808", "a file"],
         ..SOURCE
     },
     Refusal {

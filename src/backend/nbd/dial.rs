@@ -30,7 +30,7 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// What was agreed on with a server, fixed for the life of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Export {
-    /// In bytes, never zero.
+    /// In bytes: never zero, and no more than a file can have.
     pub size: u64,
     /// See [`transmission_flag`]; zero for what an older server might have.
     pub flags: u16,
@@ -229,6 +229,10 @@ impl Dialer {
     fn opened(&self, stream: Handshake, export: Export) -> Result<Opened, Error> {
         if export.size == 0 {
             return Err(Error::SizeZero { name: self.uri.export.clone() });
+        }
+        // The protocol allows it; `stat` has no number for it.
+        if i64::try_from(export.size).is_err() {
+            return Err(Error::TooLong { size: export.size });
         }
         let minimum = export.block_sizes.minimum;
         if !export.size.is_multiple_of(minimum.into()) {

@@ -59,6 +59,11 @@ pub enum Error {
         /// Its name.
         name: String,
     },
+    /// The export is longer than any file.
+    TooLong {
+        /// The export's size in bytes.
+        size: u64,
+    },
     /// The last bytes of the export lie in an incomplete block, which no request can reach.
     Tail {
         /// The export's size in bytes.
@@ -124,6 +129,11 @@ impl fmt::Display for Error {
             Error::Tls(reason) => write!(f, "TLS failed: {reason}"),
             Error::Certificates { path, reason } => write!(f, "{}: {reason}", path.display()),
             Error::SizeZero { name } => write!(f, "the export '{name}' has size zero"),
+            Error::TooLong { size } => write!(
+                f,
+                "the export's size of {size} bytes is more than a file can have, which is {} bytes",
+                i64::MAX
+            ),
             Error::Tail { size, minimum } => write!(
                 f,
                 "the export's size of {size} bytes is not a multiple of the server's minimum block \

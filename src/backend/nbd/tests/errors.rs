@@ -6,8 +6,11 @@ use std::time::Duration;
 
 use super::super::info::{info, list};
 use super::super::{BlockSizes, Error, NbdBackend, Options, Uri};
-use super::options;
-use super::servers::{crate_server, nbd_server, nbdkit, nbdkit_tcp, oldstyle_server, qemu_nbd};
+use super::servers::{
+    crate_server, nbd_server, nbdkit, nbdkit_tcp, oldstyle_server, qemu_nbd, telling_server,
+};
+use super::{connect, options};
+use crate::backend::Backend;
 
 fn error(uri: &str) -> Error {
     let uri: Uri = uri.parse().unwrap();
@@ -64,6 +67,15 @@ fn no_such_export() {
     let crates = crate_server(1 << 20).replace("/disk", "/other");
     assert_says(&crates, &["no export named 'other'"]);
     assert_says(&format!("{}other", oldstyle_server(1 << 20)), &["no export named 'other'"]);
+}
+
+#[test]
+fn a_size_that_no_file_can_have() {
+    let most = i64::MAX as u64;
+    assert_eq!(connect(&telling_server(most)).size(), most);
+    for size in [most + 1, u64::MAX] {
+        assert_says(&telling_server(size), &[&size.to_string(), &most.to_string(), "a file"]);
+    }
 }
 
 #[test]

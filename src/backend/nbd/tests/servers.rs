@@ -202,6 +202,22 @@ fn crate_server_port(size: u64, oldstyle: bool) -> u16 {
     port
 }
 
+/// A server of the old style that tells this size to whoever connects, and no more than that; the
+/// URI.
+pub fn telling_server(size: u64) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        let mut streams = Vec::new();
+        for stream in listener.incoming().map_while(Result::ok) {
+            // The client may have gone.
+            let _ = nbd::server::oldstyle_header(&stream, size, 5);
+            streams.push(stream);
+        }
+    });
+    format!("nbd://127.0.0.1:{port}/")
+}
+
 struct FileData(File);
 
 impl Read for FileData {
