@@ -229,9 +229,9 @@ impl<B: Backend> Export<B> {
         errno
     }
 
-    /// The flush at the end, when nobody is served any more.
+    /// The end, when nobody is served any more: flushes what was written, and takes leave of the source.
     pub fn last_flush(&self) -> std::io::Result<()> {
-        if self.policy.writable { self.backend.last_flush() } else { Ok(()) }
+        self.backend.last_flush()
     }
 
     async fn fallocate(

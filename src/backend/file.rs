@@ -347,7 +347,8 @@ impl Backend for FileBackend {
     }
 
     fn last_flush(&self) -> io::Result<()> {
-        self.file.sync_all()
+        // Nothing was written, and a sync may tell of what others have lost.
+        if self.capabilities.read_only { Ok(()) } else { self.file.sync_all() }
     }
 }
 
@@ -576,5 +577,19 @@ impl Lane for FileLane {
             }),
             result => result,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file of /proc has nothing to sync, and says so.
+    #[test]
+    fn what_is_read_only_is_not_synced() {
+        let options = Options { read_only: true, direct: false };
+        let backend = FileBackend::open(Path::new("/proc/self/status"), options).unwrap();
+        assert!(backend.file.sync_all().is_err());
+        backend.last_flush().unwrap();
     }
 }

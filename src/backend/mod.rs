@@ -83,7 +83,8 @@ pub trait Backend: Send + Sync + 'static {
     /// Time stamps and allocation, now. Must not block for long: it runs on a serving thread.
     fn stat(&self) -> io::Result<Stat>;
 
-    /// Makes everything acknowledged durable, blocking; called once when all serving threads have ended.
+    /// Makes everything acknowledged durable, blocking, and takes leave of the source; called once when all serving
+    /// threads have ended, also where nothing could be written.
     fn last_flush(&self) -> io::Result<()>;
 }
 

@@ -104,6 +104,7 @@ fn main() -> ExitCode {
         tls::nbdkit_is_served ["nbdkit", "openssl"],
         tls::qemu_nbd_is_served ["qemu-nbd", "openssl"],
         refusals::read_only_server_makes_a_read_only_file ["nbdkit", "qemu-nbd"],
+        refusals::server_of_a_read_only_file_hears_the_goodbye ["nbdkit"],
         lost::killed_server_fails_all_requests ["nbdkit"],
         lost::killed_server_of_a_flushed_disk_costs_nothing ["nbdkit"],
         lost::killed_server_over_tcp_fails_all_requests ["qemu-nbd"],

@@ -13,7 +13,7 @@ use crate::common::export::binary;
 use crate::common::nbd::{Address, Server};
 use crate::common::sandbox::Sandbox;
 use crate::common::suite::trial;
-use crate::common::{assert_errno, fail, noise, program};
+use crate::common::{assert_errno, eventually, fail, noise, program};
 use crate::{Bench, SIZE, in_memory};
 
 /// Runs the program on a mountpoint that is missing: it ends with this status, says each of `says` in one or
@@ -243,4 +243,25 @@ pub fn read_only_server_makes_a_read_only_file(bench: &Bench) {
         export.stop(libc::SIGTERM).assert(0, &[]);
     }
     assert!(fs::read(&disk).unwrap() == bytes);
+}
+
+pub fn server_of_a_read_only_file_hears_the_goodbye(bench: &Bench) {
+    let (address, log) = (Address::unix(&bench.sandbox), bench.sandbox.join("log"));
+    let Address::Unix(socket) = &address else { unreachable!() };
+    let mut nbdkit = program("sh", ["-c", r#"exec nbdkit "$@" 2>"$0""#]);
+    nbdkit.arg(&log).args(["--foreground", "--verbose", "--read-only", "--unix"]).arg(socket);
+    let _server = Server::start(nbdkit.args(["memory", "1M"]), &address);
+    let mut export = bench.export(&address.uri(""));
+    fs::read(export.file()).unwrap();
+    export.stop(libc::SIGTERM).assert(0, &[]);
+    let mut said = String::new();
+    eventually("the end of all connections", || {
+        said = String::from_utf8_lossy(&fs::read(&log).unwrap()).into_owned();
+        let count = |what| said.matches(what).count();
+        count("memory: open readonly") > 0
+            && count("memory: open readonly") == count("memory: close")
+    });
+    assert!(said.contains("client sent NBD_CMD_DISC"), "{said}");
+    assert!(!said.contains("client closed input socket"), "{said}");
+    assert!(!said.contains("memory: flush"), "{said}");
 }

@@ -135,10 +135,14 @@ impl NbdBackend {
     pub fn connect(uri: &Uri, options: &Options) -> Result<Arc<NbdBackend>, Error> {
         let dialer = Dialer::new(uri, options)?;
         let connection = Connection::new(uri.to_string(), dialer.open()?);
+        Ok(NbdBackend::over(dialer, connection))
+    }
+
+    fn over(dialer: Dialer, connection: Arc<Connection>) -> Arc<NbdBackend> {
         let export = connection.export().clone();
         let multi = export.has(transmission_flag::CAN_MULTI_CONN);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Ok(Arc::new(NbdBackend {
+        Arc::new(NbdBackend {
             dialer,
             export,
             connected: (now.as_secs() as i64, now.subsec_nanos()),
@@ -146,7 +150,7 @@ impl NbdBackend {
             pool_complete: AtomicBool::new(!multi),
             lock: Arc::default(),
             unflushed: Unflushed::default(),
-        }))
+        })
     }
 
     /// How many connections there are.
@@ -235,8 +239,9 @@ impl Backend for NbdBackend {
         Ok(Stat { allocated_bytes: self.export.size, atime: time, mtime: time, ctime: time })
     }
 
-    /// Flushes over any connection that still works, then says goodbye on all. It fails if
-    /// acknowledged writes could not be flushed; a lost connection alone is no failure.
+    /// Flushes over any connection that still works, if anything was written, then says goodbye on
+    /// all. It fails if acknowledged writes could not be flushed; a lost connection alone is no
+    /// failure.
     fn last_flush(&self) -> io::Result<()> {
         let connections = self.pool().connections.clone();
         let flushed = self.flush_over_any(&connections);

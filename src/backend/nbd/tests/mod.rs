@@ -1,6 +1,7 @@
 //! The client against real servers and against peers that misbehave, without FUSE.
 
 mod commands;
+mod ends;
 mod errors;
 mod peer;
 mod servers;

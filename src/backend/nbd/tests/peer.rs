@@ -19,6 +19,9 @@ use crate::io::Io;
 /// The id that the peer gave to `base:allocation`.
 pub const CONTEXT: u32 = 5;
 
+/// `NBD_CMD_DISC`
+const DISC: u16 = 2;
+
 /// The server's end.
 pub struct Peer {
     pub socket: UnixStream,
@@ -39,6 +42,16 @@ pub struct Seen {
 impl Peer {
     /// The next request; `None` when the client has hung up, politely (`NBD_CMD_DISC`) or not.
     pub fn request(&mut self) -> Option<Seen> {
+        self.request_or_goodbye().filter(|seen| seen.command != DISC)
+    }
+
+    /// The next request is `NBD_CMD_DISC`, and the last one.
+    pub fn hears_goodbye(&mut self) -> bool {
+        let goodbye = self.request_or_goodbye().is_some_and(|seen| seen.command == DISC);
+        goodbye && self.request_or_goodbye().is_none()
+    }
+
+    fn request_or_goodbye(&mut self) -> Option<Seen> {
         let mut header = vec![0; if self.headers == Headers::Extended { 32 } else { 28 }];
         self.socket.read_exact(&mut header).ok()?;
         let length = match self.headers {
@@ -57,7 +70,7 @@ impl Peer {
             seen.data = vec![0; length as usize];
             self.socket.read_exact(&mut seen.data).unwrap();
         }
-        (seen.command != 2).then_some(seen)
+        Some(seen)
     }
 
     pub fn send(&mut self, bytes: &[u8]) {
