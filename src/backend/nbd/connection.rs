@@ -315,17 +315,13 @@ impl Connection {
     }
 
     /// Runs `work`, requests on this connection, on the calling thread alone: all lanes have ended,
-    /// and with them their drivers. Fails with `TimedOut` after `limit`. The socket blocks from
+    /// and with them their drivers. Fails with `TimedOut` at the deadline. The socket blocks from
     /// here on.
     pub fn run_blocking<R>(
         &self,
         work: impl Future<Output = io::Result<R>>,
-        limit: Duration,
+        deadline: Instant,
     ) -> io::Result<R> {
-        let deadline = Instant::now() + limit;
-        self.socket.set_nonblocking(false)?;
-        self.socket.set_read_timeout(Some(limit))?;
-        self.socket.set_write_timeout(Some(limit))?;
         let mut work = pin!(work);
         let mut wakers = Vec::new();
         loop {
@@ -335,11 +331,12 @@ impl Connection {
             }
             let exchanged = self.with(|state| {
                 // Also after a time-out it is only "not now", so the clock decides.
-                while !state.send()? {
-                    past(deadline)?;
+                self.block_until(deadline)?;
+                if state.send()? {
+                    self.block_until(deadline)?;
+                    state.receive(&mut wakers)?;
                 }
-                state.receive(&mut wakers)?;
-                past(deadline)
+                Ok(())
             });
             wakers.drain(..).for_each(Waker::wake);
             if let Err(error) = exchanged {
@@ -347,6 +344,19 @@ impl Connection {
                 return Err(error);
             }
         }
+    }
+
+    /// Lets the next system call on the socket wait until then; `TimedOut` if that is past.
+    fn block_until(&self, deadline: Instant) -> io::Result<()> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // What the socket would round down to zero would be no limit at all.
+        let left = Some(left.max(Duration::from_millis(1)));
+        self.socket.set_read_timeout(left)?;
+        self.socket.set_write_timeout(left)?;
+        self.socket.set_nonblocking(false)
     }
 
     /// Says goodbye to the server (`NBD_CMD_DISC`), without waiting: the connection is of no more
@@ -369,10 +379,6 @@ impl Connection {
         wakers.into_iter().for_each(Waker::wake);
         let _ = self.socket.shutdown(std::net::Shutdown::Write);
     }
-}
-
-fn past(deadline: Instant) -> io::Result<()> {
-    if Instant::now() < deadline { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
 }
 
 /// An offer to drive a connection: it does so while no earlier one does, and stops when it is

@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use self::blocks::Blocks;
 use self::commands::Commands;
@@ -59,8 +59,8 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-/// How long the last flush may take. The server may have much to write; a server that is gone is
-/// found out sooner, by the socket.
+/// How long the last flush may take, over all connections together. The server may have much to
+/// write; a server that is gone is found out sooner, by the socket.
 const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long a further connection may take at each step: a server with no room for it may simply not
@@ -244,14 +244,16 @@ impl Backend for NbdBackend {
     /// failure.
     fn last_flush(&self) -> io::Result<()> {
         let connections = self.pool().connections.clone();
-        let flushed = self.flush_over_any(&connections);
+        let flushed = self.flush_over_any(&connections, LAST_FLUSH_LIMIT);
         connections.iter().for_each(|connection| connection.disconnect());
         flushed
     }
 }
 
 impl NbdBackend {
-    fn flush_over_any(&self, connections: &[Arc<Connection>]) -> io::Result<()> {
+    /// A connection that fails leaves to the others what is left of the time.
+    fn flush_over_any(&self, connections: &[Arc<Connection>], limit: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + limit;
         let mut result = Err(io::Error::other("the connection to the NBD server was lost"));
         if !self.unflushed.any() {
             return Ok(());
@@ -259,9 +261,11 @@ impl NbdBackend {
         for connection in connections.iter().filter(|connection| !connection.is_lost()) {
             let mark = self.unflushed.mark();
             let commands = Commands::new(connection.clone());
-            result = connection.run_blocking(commands.flush(), LAST_FLUSH_LIMIT);
+            result = connection.run_blocking(commands.flush(), deadline);
             if result.is_ok() {
                 self.unflushed.flushed_to(mark);
+            }
+            if result.is_ok() || Instant::now() >= deadline {
                 break;
             }
         }

@@ -1,11 +1,13 @@
 //! The end of an export: the last flush, and the goodbye.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::super::NbdBackend;
 use super::super::connection::Connection;
 use super::super::dial::Dialer;
 use super::super::wire::Headers;
+use super::super::{LAST_FLUSH_LIMIT, NbdBackend};
 use super::options;
 use super::peer::connection;
 use crate::export::{Export, Policy};
@@ -27,4 +29,40 @@ fn the_server_of_a_read_only_export_hears_the_goodbye_and_no_flush() {
     export.last_flush().unwrap();
     drop(export);
     peer.join().unwrap();
+}
+
+#[test]
+fn a_server_that_hangs_costs_the_time_of_the_last_flush_once() {
+    let (silent, first) =
+        connection(Headers::Structured, |mut peer| while peer.request().is_some() {});
+    let (untried, second) =
+        connection(Headers::Structured, |mut peer| assert!(peer.hears_goodbye()));
+    let connections = [silent, untried];
+    let backend = disk(&connections);
+    backend.unflushed.acknowledge();
+    let flushed = backend.flush_over_any(&connections, Duration::from_millis(100));
+    assert_eq!(flushed.unwrap_err().kind(), ErrorKind::TimedOut);
+    assert!(connections[0].is_lost() && !connections[1].is_lost());
+    assert!(backend.unflushed.any());
+    connections[1].disconnect();
+    first.join().unwrap();
+    second.join().unwrap();
+}
+
+#[test]
+fn a_connection_that_fails_leaves_the_last_flush_to_another() {
+    let (failing, first) = connection(Headers::Structured, |mut peer| drop(peer.request()));
+    let (working, second) = connection(Headers::Structured, |mut peer| {
+        let flush = peer.request().unwrap();
+        peer.done(flush.cookie);
+        assert!(peer.hears_goodbye());
+    });
+    let connections = [failing, working];
+    let backend = disk(&connections);
+    backend.unflushed.acknowledge();
+    backend.flush_over_any(&connections, LAST_FLUSH_LIMIT).unwrap();
+    assert!(connections[0].is_lost() && !backend.unflushed.any());
+    connections[1].disconnect();
+    first.join().unwrap();
+    second.join().unwrap();
 }
