@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -70,28 +70,42 @@ pub fn say(message: &str) {
 pub struct Pidfile {
     path: PathBuf,
     file: File,
+    /// We made the file, or wrote it. Else what is in it is not ours to remove.
+    ours: bool,
 }
 
+const NO_PIDFILE: &str =
+    "is not a pidfile: choose a path where nothing is, or a file with only a number in it";
+/// More than any number and the white space around it.
+const PIDFILE_BYTES: usize = 64;
+
 impl Pidfile {
-    /// Makes the file, still empty, and locks it. The error says what to do about it.
+    /// Makes the file, still empty, or takes one that a process left, as it is, and locks it. The error says
+    /// what to do about it.
     pub fn lock(path: &Path) -> Result<Pidfile, String> {
         let fail = |why: &dyn std::fmt::Display| format!("{}: {why}", path.display());
-        // The process changes its folder later.
-        let path = std::path::absolute(path).map_err(|e| fail(&e))?;
-        let mut file = OpenOptions::new()
+        let not_one = || fail(&NO_PIDFILE);
+        let there = std::fs::metadata(path).ok();
+        // Not even opened: that may do something to a device.
+        if there.as_ref().is_some_and(|there| !there.is_file()) {
+            return Err(not_one());
+        }
+        let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .mode(0o644)
-            .open(&path)
+            .open(path)
             .map_err(|e| fail(&format!("the pidfile cannot be written: {e}")))?;
-        match sys::lock_byte(&file, 0) {
-            Ok(()) => Ok(Pidfile { path, file }),
+        // The process changes its folder later.
+        let path = path.canonicalize().map_err(|e| fail(&e))?;
+        let locked = sys::lock_byte(&file, 0);
+        let number = number_in(&file).ok_or_else(not_one)?;
+        match locked {
+            Ok(()) => Ok(Pidfile { path, file, ours: there.is_none() }),
             Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                let mut pid = String::new();
-                let _ = file.read_to_string(&mut pid);
-                Err(fail(&format!("the pidfile is in use by process {}", pid.trim())))
+                Err(fail(&format!("the pidfile is in use by process {number}")))
             }
             Err(e) => Err(fail(&format!("the pidfile cannot be locked: {e}"))),
         }
@@ -99,19 +113,41 @@ impl Pidfile {
 
     /// Writes the number.
     pub fn write(&mut self) -> io::Result<()> {
+        self.ours = true;
         self.file.set_len(0)?;
         writeln!(self.file, "{}", std::process::id())
     }
 }
 
+/// The number in a pidfile, empty if there is none yet; none if it holds anything else.
+fn number_in(file: &File) -> Option<String> {
+    let mut bytes = [0; PIDFILE_BYTES];
+    let len = file.read_at(&mut bytes, 0).ok()?;
+    // The kernel's own files, whose numbers mean something, are not as long as they claim.
+    if file.metadata().ok()?.len() != len as u64 {
+        return None;
+    }
+    let number = std::str::from_utf8(&bytes[..len]).ok()?.trim();
+    number.bytes().all(|byte| byte.is_ascii_digit()).then(|| number.to_owned())
+}
+
+/// Whether two paths name one file, be it there or not.
+pub fn is_same_file(one: &Path, other: &Path) -> bool {
+    let inode = |path| std::fs::metadata(path).map(|there| (there.dev(), there.ino())).ok();
+    one == other || inode(one).is_some_and(|one| inode(other) == Some(one))
+}
+
 impl Drop for Pidfile {
     fn drop(&mut self) {
-        // Only our own: somebody may have put another in its place.
-        let ours = self.file.metadata().is_ok_and(|ours| {
+        // Somebody may have put another in its place.
+        let is_there = self.file.metadata().is_ok_and(|ours| {
             std::fs::metadata(&self.path)
                 .is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino()))
         });
-        if ours && let Err(e) = std::fs::remove_file(&self.path) {
+        if self.ours
+            && is_there
+            && let Err(e) = std::fs::remove_file(&self.path)
+        {
             log::warn!("{}: {e}", self.path.display());
         }
     }
@@ -132,5 +168,45 @@ mod tests {
         assert!(error.contains(&std::process::id().to_string()), "{error}");
         drop(pidfile);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_pidfile_that_was_left_is_used_again_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pid");
+        for left in ["", "\n", "123", " 4567\n"] {
+            std::fs::write(&path, left).unwrap();
+            drop(Pidfile::lock(&path).unwrap());
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), left, "it was not written");
+            let mut pidfile = Pidfile::lock(&path).unwrap();
+            pidfile.write().unwrap();
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert_eq!(text, format!("{}\n", std::process::id()));
+            drop(pidfile);
+            assert!(!path.exists());
+        }
+        let long = "1".repeat(PIDFILE_BYTES + 1);
+        for precious in ["x", "12 34", "-1", "1\0", long.as_str()] {
+            std::fs::write(&path, precious).unwrap();
+            let error = Pidfile::lock(&path).unwrap_err();
+            assert!(error.contains("is not a pidfile"), "{error}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), precious);
+        }
+        // A number, but not one to overwrite.
+        for other in [folder.path(), "/proc/sys/kernel/pid_max".as_ref()] {
+            let error = Pidfile::lock(other).unwrap_err();
+            assert!(error.contains("pidfile"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_pidfile_may_be_a_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("pid"), folder.path().join("link"));
+        std::os::unix::fs::symlink("pid", &link).unwrap();
+        let pidfile = Pidfile::lock(&link).unwrap();
+        assert!(is_same_file(&path, &link));
+        drop(pidfile);
+        assert!(link.is_symlink() && !path.exists());
     }
 }

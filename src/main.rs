@@ -1,9 +1,10 @@
 //! The program: words → [`diskfuse::cli`] → [`diskfuse::run`] → exit status.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
-use diskfuse::cli::{self, Command, Config};
+use diskfuse::cli::{self, Command, Config, Source};
 use diskfuse::daemon::{self, Process};
 use diskfuse::run;
 
@@ -35,6 +36,9 @@ fn answer(result: Result<String, run::Failure>) -> ExitCode {
 }
 
 fn serve(config: &Config) -> ExitCode {
+    if let Some(why) = pidfile_is_taken(config) {
+        return fail(&why, 1);
+    }
     let background = match config.daemonize.then(daemon::split).transpose() {
         Ok(None) => None,
         Ok(Some(Process::Background(background))) => Some(background),
@@ -45,6 +49,20 @@ fn serve(config: &Config) -> ExitCode {
         Ok(status) => ExitCode::from(status),
         Err(failure) => fail(&failure.to_string(), failure.status()),
     }
+}
+
+/// A pidfile is emptied, and removed at the end: it can be nothing else. An empty image would pass for one.
+fn pidfile_is_taken(config: &Config) -> Option<String> {
+    let pidfile = config.pidfile.as_deref()?;
+    let is = |path: Option<&Path>| path.is_some_and(|path| daemon::is_same_file(pidfile, path));
+    let source = match &config.source {
+        Source::Path(path) => Some(path.as_path()),
+        Source::Nbd(_) | Source::Memory(_) => None,
+    };
+    let uses = [("SOURCE", source), ("MOUNTPOINT", config.mountpoint.as_deref())];
+    let (what, _) = uses.into_iter().find(|(_, path)| is(*path))?;
+    let pidfile = pidfile.display();
+    Some(format!("{pidfile}: is not a pidfile but {what}: choose a path where nothing is"))
 }
 
 fn fail(why: &str, status: u8) -> ExitCode {

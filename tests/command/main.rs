@@ -11,7 +11,7 @@ use common::ability::Ability;
 use common::export::binary;
 use common::sandbox::Sandbox;
 use common::suite::{as_user, run_trials, trial};
-use common::{USER, program};
+use common::{USER, program, succeed};
 use libtest_mimic::Trial;
 
 /// A command line that is refused.
@@ -38,6 +38,7 @@ const USAGE: Refusal = Refusal {
     prepare: |_| (),
     by: |_| program("env", [""; 0]),
 };
+const PIDFILE: Refusal = Refusal { status: 1, says: &["not a pidfile"], ..USAGE };
 const SOURCE: Refusal = Refusal { status: 3, ..USAGE };
 const MOUNT: Refusal = Refusal { status: 4, ..USAGE };
 const AS_USER: fn(&Sandbox) -> Command = |sandbox| {
@@ -88,6 +89,58 @@ const REFUSALS: &[Refusal] = &[
     },
     Refusal { name: "bad_size", words: &["mem:lots", "{}/disk"], says: &["mem:SIZE"], ..USAGE },
     Refusal { name: "bad_scheme", words: &["ftp://x/y", "{}/disk"], says: &["ftp://"], ..USAGE },
+    Refusal {
+        name: "pidfile_is_something_else",
+        words: &["--pidfile={}/precious", "--run=true", "mem:1M", "{}/disk"],
+        says: &["precious", "not a pidfile"],
+        prepare: |sandbox| fs::write(sandbox.join("precious"), "of great value").unwrap(),
+        ..PIDFILE
+    },
+    Refusal {
+        name: "pidfile_is_no_regular_file",
+        words: &["--pidfile={}/pipe", "--run=true", "mem:1M", "{}/disk"],
+        prepare: |sandbox| drop(succeed(&mut program("mkfifo", [sandbox.join("pipe")]))),
+        ..PIDFILE
+    },
+    Refusal {
+        name: "pidfile_is_the_source",
+        words: &["--pidfile={}/image", "--run=true", "{}/image", "{}/disk"],
+        prepare: |sandbox| fs::write(sandbox.join("image"), [0; 4096]).unwrap(),
+        ..PIDFILE
+    },
+    Refusal {
+        name: "pidfile_is_an_empty_source",
+        words: &["--pidfile={}/link", "--growable", "--run=true", "{}/image", "{}/disk"],
+        says: &["link", "SOURCE"],
+        prepare: |sandbox| {
+            fs::write(sandbox.join("image"), "").unwrap();
+            std::os::unix::fs::symlink("image", sandbox.join("link")).unwrap();
+        },
+        ..PIDFILE
+    },
+    Refusal {
+        name: "pidfile_is_the_mountpoint",
+        words: &["--pidfile={}/disk", "--run=true", "mem:1M", "{}/disk"],
+        says: &["disk", "MOUNTPOINT"],
+        ..PIDFILE
+    },
+    Refusal {
+        name: "pidfile_of_a_failed_start_goes",
+        words: &["--pidfile={}/pid", "mem:1M", "{}/folder"],
+        says: &["folder"],
+        prepare: |sandbox| fs::create_dir(sandbox.join("folder")).unwrap(),
+        ..MOUNT
+    },
+    Refusal {
+        name: "pidfile_that_was_not_written_stays",
+        words: &["--pidfile={}/pid", "mem:1M", "{}/folder"],
+        says: &["folder"],
+        prepare: |sandbox| {
+            fs::create_dir(sandbox.join("folder")).unwrap();
+            fs::write(sandbox.join("pid"), "1234\n").unwrap();
+        },
+        ..MOUNT
+    },
     Refusal {
         name: "no_such_source",
         words: &["{}/missing.img", "{}/disk"],
@@ -220,6 +273,16 @@ const REFUSALS: &[Refusal] = &[
     },
 ];
 
+/// Names and contents of all that is in the folder; of what is no regular file, the names.
+fn contents(sandbox: &Sandbox) -> Vec<(String, Option<Vec<u8>>)> {
+    let content = |name: String| {
+        let path = sandbox.join(&name);
+        let bytes = path.is_file().then(|| fs::read(path).expect("readable"));
+        (name, bytes)
+    };
+    sandbox.names().into_iter().map(content).collect()
+}
+
 /// A command that runs its arguments in a mount namespace that `script` has prepared.
 fn in_own_mounts(script: &str) -> Command {
     program("unshare", ["--mount", "bash", "-ec", script, "bash"])
@@ -243,7 +306,7 @@ fn is_refused(refusal: &Refusal) {
     let sandbox = Sandbox::new();
     (refusal.prepare)(&sandbox);
     let mut command = (refusal.by)(&sandbox);
-    let before = sandbox.names();
+    let before = contents(&sandbox);
     let copy = sandbox.join("diskfuse");
     command.arg(if copy.exists() { copy.as_path() } else { binary().as_ref() });
     let folder = sandbox.path().to_str().expect("UTF-8");
@@ -256,7 +319,7 @@ fn is_refused(refusal: &Refusal) {
     }
     assert!(said.starts_with("diskfuse: ") && said.lines().count() <= 2, "{said}");
     assert!(output.stdout.is_empty());
-    assert_eq!(sandbox.names(), before, "what it made is left");
+    assert!(contents(&sandbox) == before, "not as it was: {:?}", sandbox.names());
 }
 
 fn help_and_version_are_printed() {
