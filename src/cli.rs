@@ -271,6 +271,15 @@ pub fn parse(words: &[String]) -> Result<Command, UsageError> {
     }
 }
 
+/// What `-o` says that no other option does.
+#[derive(Default)]
+struct MountOptions {
+    /// The last of ro and rw. It cannot take back --read-only.
+    read_only: bool,
+    uid: Option<u32>,
+    gid: Option<u32>,
+}
+
 impl Words {
     fn into_command(mut self) -> Result<Command, UsageError> {
         if self.version {
@@ -278,10 +287,10 @@ impl Words {
                 concat!("diskfuse ", env!("CARGO_PKG_VERSION"), "\n").into(),
             ));
         }
-        let (mut uid, mut gid) = (None, None);
+        let mut mount = MountOptions::default();
         for list in std::mem::take(&mut self.options) {
             for option in list.split(',').filter(|o| !o.is_empty()) {
-                self.mount_option(option, &mut uid, &mut gid)?;
+                self.mount_option(option, &mut mount)?;
             }
         }
         let remote = Remote {
@@ -324,14 +333,14 @@ impl Words {
         Ok(Command::Serve(Config {
             source: parse_source(source)?,
             mountpoint,
-            read_only: self.read_only,
+            read_only: self.read_only || mount.read_only,
             io_uring: parse_when("--io-uring", self.io_uring.as_deref(), When::Auto)?,
             queue_depth: self.queue_depth.as_deref().map(parse_depth).transpose()?,
             growable: self.growable,
             direct: self.direct,
             allow_other: parse_when("--allow-other", self.allow_other.as_deref(), When::Off)?,
-            uid,
-            gid,
+            uid: mount.uid,
+            gid: mount.gid,
             daemonize: self.daemonize,
             pidfile: self.pidfile.map(PathBuf::from),
             run: self.run,
@@ -339,12 +348,7 @@ impl Words {
         }))
     }
 
-    fn mount_option(
-        &mut self,
-        option: &str,
-        uid: &mut Option<u32>,
-        gid: &mut Option<u32>,
-    ) -> Result<(), UsageError> {
+    fn mount_option(&mut self, option: &str, mount: &mut MountOptions) -> Result<(), UsageError> {
         let (name, value) = match option.split_once('=') {
             Some((name, value)) => (name, Some(value)),
             None => (option, None),
@@ -353,11 +357,11 @@ impl Words {
             value.parse().map_err(|_| usage(format!("-o {option}: {value} is not a number")))
         };
         match (name, value) {
-            ("ro", None) => self.read_only = true,
-            ("rw", None) => self.read_only = false,
+            ("ro", None) => mount.read_only = true,
+            ("rw", None) => mount.read_only = false,
             ("allow_other", None) => self.allow_other = Some("on".into()),
-            ("uid", Some(value)) => *uid = Some(number(value)?),
-            ("gid", Some(value)) => *gid = Some(number(value)?),
+            ("uid", Some(value)) => mount.uid = Some(number(value)?),
+            ("gid", Some(value)) => mount.gid = Some(number(value)?),
             ("read-only", None) => self.read_only = true,
             ("growable", None) => self.growable = true,
             ("direct", None) => self.direct = true,
@@ -488,6 +492,16 @@ mod tests {
         let config =
             config("a b -o rw,noauto,_netdev,x-systemd.device-timeout=5,allow_other,uid=7,gid=8");
         assert_eq!((config.uid, config.gid, config.allow_other), (Some(7), Some(8), When::On));
+    }
+
+    #[test]
+    fn read_only_outweighs_rw() {
+        for line in ["-r -o rw a b", "-o rw -r a b", "a b -o read-only,rw", "a b -o rw,ro"] {
+            assert!(config(line).read_only, "{line}");
+        }
+        for line in ["a b -o ro,rw", "a b -o ro -o rw", "a b"] {
+            assert!(!config(line).read_only, "{line}");
+        }
     }
 
     #[test]

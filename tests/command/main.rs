@@ -296,6 +296,7 @@ fn main() -> ExitCode {
     let others = [
         trial("help_and_version_are_printed".into(), vec![], help_and_version_are_printed),
         trial("help_names_every_exit_status".into(), vec![], help_names_every_exit_status),
+        trial("read_only_outweighs_rw".into(), vec!["fuse"], read_only_outweighs_rw),
         trial("nothing_is_said_without_need".into(), vec!["fuse"], nothing_is_said_without_need),
     ];
     let trials: Vec<Trial> = refusals.chain(others).chain(processes::trials()).collect();
@@ -350,4 +351,15 @@ fn nothing_is_said_without_need() {
     let output = program(binary(), run).arg(sandbox.join("disk")).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert!(output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
+}
+
+fn read_only_outweighs_rw() {
+    let sandbox = Sandbox::new();
+    let image = sandbox.join("image");
+    fs::write(&image, [7; 4096]).unwrap();
+    let write = "! printf x 2>/dev/null 1<>\"$DISKFUSE_FILE\"";
+    for options in [["-r", "-o", "rw"], ["-o", "rw", "-r"]] {
+        succeed(program(binary(), options).args(["--run", write]).arg(&image));
+        assert!(fs::read(&image).unwrap() == [7; 4096], "{options:?}");
+    }
 }
