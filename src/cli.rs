@@ -228,20 +228,44 @@ const WITH_VALUE: [&str; 7] = [
 /// The options that take none.
 const SWITCHES: [&str; 4] = ["read-only", "growable", "direct", "daemonize"];
 /// Words of mount(8) and fstab(5) that mean nothing here, or are so anyway.
-const MOUNT_WORDS: [&str; 14] = [
+const MOUNT_WORDS: [&str; 38] = [
     "defaults",
     "auto",
     "noauto",
     "user",
     "nouser",
     "users",
+    "owner",
+    "group",
     "nofail",
     "_netdev",
-    "nosuid",
+    "silent",
+    "loud",
+    "dev",
     "nodev",
+    "suid",
+    "nosuid",
     "exec",
     "noexec",
     "async",
+    "sync",
+    "dirsync",
+    "atime",
+    "noatime",
+    "diratime",
+    "nodiratime",
+    "relatime",
+    "norelatime",
+    "strictatime",
+    "nostrictatime",
+    "lazytime",
+    "nolazytime",
+    "mand",
+    "nomand",
+    "iversion",
+    "noiversion",
+    "symfollow",
+    "nosymfollow",
     "default_permissions",
 ];
 /// How long a server may take to answer, unless the user says otherwise.
@@ -373,8 +397,10 @@ impl Words {
             ("io-uring", Some(value)) => self.io_uring = Some(value.into()),
             ("queue-depth", Some(value)) => self.queue_depth = Some(value.into()),
             ("allow-other", Some(value)) => self.allow_other = Some(value.into()),
-            (name, None) if MOUNT_WORDS.contains(&name) || name.starts_with("x-") => {}
-            (name, Some(_)) if name.starts_with("x-") => {}
+            (name, None) if MOUNT_WORDS.contains(&name) => {}
+            // Who may unmount, and notes to others.
+            ("user" | "comment", Some(_)) => {}
+            (name, _) if name.starts_with("x-") || name.starts_with("X-") => {}
             (name, None) if WITH_VALUE.contains(&name) || ["uid", "gid"].contains(&name) => {
                 return Err(usage(format!("-o {name} needs a value: {name}=...")));
             }
@@ -489,9 +515,17 @@ mod tests {
 
     #[test]
     fn mount_helpers_words_are_accepted() {
-        let config =
-            config("a b -o rw,noauto,_netdev,x-systemd.device-timeout=5,allow_other,uid=7,gid=8");
-        assert_eq!((config.uid, config.gid, config.allow_other), (Some(7), Some(8), When::On));
+        let words = config("a b -o rw,dev,suid,x-systemd.device-timeout=5,allow_other,uid=7,gid=8");
+        assert_eq!((words.uid, words.gid, words.allow_other), (Some(7), Some(8), When::On));
+        let plain = config("a b");
+        let notes = ["user=joe", "comment=a=b", "comment=", "x-gvfs-show", "X-mount.mkdir=0700"];
+        for word in MOUNT_WORDS.into_iter().chain(notes) {
+            assert_eq!(config(&format!("a b -o {word}")), plain, "{word}");
+        }
+        // They ask for what would not happen.
+        for word in ["remount", "bind", "context=x", "dev=1"] {
+            assert!(error(&format!("a b -o {word}")).contains("-o "), "{word}");
+        }
     }
 
     #[test]

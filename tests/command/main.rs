@@ -297,6 +297,11 @@ fn main() -> ExitCode {
         trial("help_and_version_are_printed".into(), vec![], help_and_version_are_printed),
         trial("help_names_every_exit_status".into(), vec![], help_names_every_exit_status),
         trial("read_only_outweighs_rw".into(), vec!["fuse"], read_only_outweighs_rw),
+        trial(
+            "mount_and_fstab_know_it".into(),
+            vec!["root", "fuse", "mount.fuse3"],
+            mount_and_fstab_know_it,
+        ),
         trial("nothing_is_said_without_need".into(), vec!["fuse"], nothing_is_said_without_need),
     ];
     let trials: Vec<Trial> = refusals.chain(others).chain(processes::trials()).collect();
@@ -362,4 +367,38 @@ fn read_only_outweighs_rw() {
         succeed(program(binary(), options).args(["--run", write]).arg(&image));
         assert!(fs::read(&image).unwrap() == [7; 4096], "{options:?}");
     }
+}
+
+fn mount_and_fstab_know_it() {
+    // mount(8) clears PATH: the program has to be where a shell looks without it.
+    const SCRIPT: &str = r#"
+        mount -t tmpfs none /usr/local/bin
+        ln -s "$1" /usr/local/bin/diskfuse
+        cd "$2"
+        check() {
+            cmp image disk
+            umount disk
+            until [[ ! -e pid ]]; do sleep 0.01; done
+        }
+        mount -t fuse.diskfuse -o daemonize,noatime,pidfile="$PWD/pid" "$PWD/image" "$PWD/disk"
+        check
+        mount -T fstab "$PWD/disk"
+        check
+    "#;
+    let sandbox = Sandbox::new();
+    fs::write(sandbox.join("image"), [7; 4096]).unwrap();
+    fs::write(sandbox.join("disk"), "").unwrap();
+    let manual = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/man/diskfuse.1"));
+    let manual = manual.expect("it is in the repository");
+    let line = manual.lines().find(|line| line.contains(" fuse.diskfuse ")).expect("an example");
+    let folder = sandbox.path().to_str().expect("UTF-8");
+    let line = line
+        .replace("/srv/vm1.img", &format!("{folder}/image"))
+        .replace("/srv/vm1", &format!("{folder}/disk"))
+        .replace("daemonize", &format!("daemonize,pidfile={folder}/pid"));
+    fs::write(sandbox.join("fstab"), line + "\n").unwrap();
+    // The first process of a PID namespace takes all others with it.
+    let unshare = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    let mut command = program("unshare", unshare);
+    succeed(command.args(["bash", "-ec", SCRIPT, "bash", binary()]).arg(sandbox.path()));
 }
