@@ -18,6 +18,8 @@ use crate::backend::nbd::Uri;
 #[argh(
     name = "diskfuse",
     example = "Show another host's disk:\n  {command_name} nbd://storage/vm1 ./vm1.img\n\nServe an image while a command runs:\n  {command_name} --run 'e2fsck -f \"$DISKFUSE_FILE\"' disk.img",
+    // Without the word "help", which may be a file.
+    help_triggers("--help"),
     note = "Ends on SIGINT, SIGTERM, SIGHUP or when MOUNTPOINT is unmounted. More in the man page: diskfuse(1).",
     error_code(0, "Clean"),
     error_code(1, "It failed while serving, or the last flush failed"),
@@ -277,14 +279,27 @@ const QUEUE_DEPTHS: std::ops::RangeInclusive<usize> = 1..=4096;
 pub fn parse(words: &[String]) -> Result<Command, UsageError> {
     // argh has no `--name=value`, which shell users expect.
     let mut split = Vec::new();
-    let mut operands_only = false;
-    for word in words {
-        operands_only |= word == "--";
+    let mut rest = words.iter();
+    while let Some(word) = rest.next() {
         match word.split_once('=') {
-            Some((name, value)) if !operands_only && name.starts_with("--") => {
+            _ if word == "--" => {
+                split.push(word.clone());
+                split.extend(rest.by_ref().cloned());
+            }
+            Some((name, value)) if name.starts_with("--") => {
+                // A value would be taken for an operand.
+                if name.strip_prefix("--").is_some_and(takes_no_value) {
+                    return Err(usage(format!("{name} takes no value")));
+                }
                 split.extend([name.to_owned(), value.to_owned()]);
             }
-            _ => split.push(word.clone()),
+            _ => {
+                split.push(word.clone());
+                // Whatever it looks like, the next word is a value.
+                if takes_next_word(word) {
+                    split.extend(rest.next().cloned());
+                }
+            }
         }
     }
     let split: Vec<&str> = split.iter().map(String::as_str).collect();
@@ -302,6 +317,16 @@ struct MountOptions {
     read_only: bool,
     uid: Option<u32>,
     gid: Option<u32>,
+}
+
+fn takes_no_value(name: &str) -> bool {
+    SWITCHES.contains(&name) || ["json", "help", "version"].contains(&name)
+}
+
+fn takes_next_word(word: &str) -> bool {
+    let also = ["options", "list", "info"];
+    let is_one = |name: &str| WITH_VALUE.contains(&name) || also.contains(&name);
+    word == "-o" || word.strip_prefix("--").is_some_and(is_one)
 }
 
 impl Words {
@@ -346,7 +371,7 @@ impl Words {
             return Err(usage("--daemonize and --run exclude each other"));
         }
         let (source, mountpoint) = match &self.operands[..] {
-            [source, mountpoint] => (source, Some(PathBuf::from(mountpoint))),
+            [source, mountpoint] => (source, Some(parse_path("MOUNTPOINT", mountpoint)?)),
             [source] if self.run.is_some() => (source, None),
             [] => return Err(usage("SOURCE and MOUNTPOINT are missing")),
             [source] => return Err(usage(format!("MOUNTPOINT is missing (SOURCE is {source})"))),
@@ -366,7 +391,7 @@ impl Words {
             uid: mount.uid,
             gid: mount.gid,
             daemonize: self.daemonize,
-            pidfile: self.pidfile.map(PathBuf::from),
+            pidfile: self.pidfile.map(|path| parse_path("--pidfile", &path)).transpose()?,
             run: self.run,
             remote,
         }))
@@ -441,9 +466,16 @@ fn parse_seconds(value: Option<&str>) -> Result<Duration, UsageError> {
     )
 }
 
+fn parse_path(what: &str, text: &str) -> Result<PathBuf, UsageError> {
+    if text.is_empty() {
+        return Err(usage(format!("{what} is empty: it is to be a path")));
+    }
+    Ok(PathBuf::from(text))
+}
+
 fn parse_source(text: &str) -> Result<Source, UsageError> {
     if text.is_empty() {
-        return Err(usage("SOURCE is empty"));
+        return Err(usage("SOURCE is empty: it is to be a path, an NBD URI or mem:SIZE"));
     }
     if let Some(size) = text.strip_prefix("mem:") {
         return Ok(Source::Memory(parse_size(size).ok_or_else(|| {
@@ -541,6 +573,45 @@ mod tests {
     #[test]
     fn a_double_dash_ends_the_options() {
         assert_eq!(config("-- -r=x --b").source, Source::Path("-r=x".into()));
+    }
+
+    #[test]
+    fn help_is_a_name_as_any_other() {
+        let words = config("help --run help");
+        assert_eq!((words.source, words.run), (Source::Path("help".into()), Some("help".into())));
+        assert_eq!(config("a help").mountpoint, Some("help".into()));
+    }
+
+    #[test]
+    fn switches_take_no_value() {
+        for switch in ["read-only", "growable", "direct", "daemonize", "json", "help", "version"] {
+            let expected = format!("--{switch} takes no value");
+            assert!(error(&format!("--{switch}=yes b")).contains(&expected), "{switch}");
+            assert!(error(&format!("a b --{switch}= ")).contains(&expected), "{switch}");
+        }
+    }
+
+    #[test]
+    fn values_may_look_like_options() {
+        let words = config("a b --pidfile --direct=yes --run --x=y");
+        assert_eq!(words.pidfile, Some("--direct=yes".into()));
+        assert_eq!(words.run, Some("--x=y".into()));
+        assert_eq!(config("a b --pidfile -- --growable").pidfile, Some("--".into()));
+    }
+
+    #[test]
+    fn paths_are_not_empty() {
+        let error = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+            parse(&words).expect_err("a path is empty").to_string()
+        };
+        assert!(error(&["", "b"]).contains("SOURCE is empty"));
+        assert!(error(&["a", ""]).contains("MOUNTPOINT is empty"));
+        assert!(error(&["a", "", "--run", "true"]).contains("MOUNTPOINT is empty"));
+        assert!(error(&["a", "b", "--pidfile="]).contains("--pidfile is empty"));
+        assert!(error(&["a", "b", "--pidfile", ""]).contains("--pidfile is empty"));
+        assert!(error(&["a", "b", "-o", "pidfile="]).contains("--pidfile is empty"));
+        assert!(error(&["--info="]).contains("SOURCE is empty"));
     }
 
     #[test]

@@ -76,6 +76,28 @@ const REFUSALS: &[Refusal] = &[
         ..USAGE
     },
     Refusal {
+        name: "value_of_a_switch",
+        words: &["--direct=yes", "mem:1M", "{}/disk"],
+        says: &["--direct takes no value"],
+        ..USAGE
+    },
+    Refusal {
+        // `true` would be exported at the image.
+        name: "value_of_a_switch_before_run",
+        words: &["--read-only=true", "--run=true", "{}/image"],
+        says: &["--read-only takes no value"],
+        prepare: |sandbox| fs::write(sandbox.join("image"), [0; 4096]).unwrap(),
+        ..USAGE
+    },
+    Refusal { name: "empty_source", words: &["", "{}/disk"], says: &["SOURCE"], ..USAGE },
+    Refusal { name: "empty_mountpoint", words: &["mem:1M", ""], says: &["MOUNTPOINT"], ..USAGE },
+    Refusal {
+        name: "empty_pidfile",
+        words: &["--pidfile=", "mem:1M", "{}/disk"],
+        says: &["--pidfile"],
+        ..USAGE
+    },
+    Refusal {
         name: "bad_mount_option",
         words: &["-o", "ro,nonsense", "mem:1M", "{}/disk"],
         says: &["nonsense"],
@@ -147,6 +169,7 @@ const REFUSALS: &[Refusal] = &[
         says: &["missing.img", "no such file", "truncate"],
         ..SOURCE
     },
+    Refusal { name: "help_is_a_name", words: &["help", "help"], says: &["help"], ..SOURCE },
     Refusal {
         name: "source_is_a_directory",
         words: &["{}", "{}/disk"],
