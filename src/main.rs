@@ -1,6 +1,6 @@
 //! The program: words → [`diskfuse::cli`] → [`diskfuse::run`] → exit status.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -71,9 +71,12 @@ fn fail(why: &str, status: u8) -> ExitCode {
 }
 
 fn print(text: &str) -> ExitCode {
-    // Who closes the pipe early does not want the rest.
-    let _ = std::io::stdout().write_all(text.as_bytes());
-    ExitCode::SUCCESS
+    let mut out = std::io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        // Who closes the pipe early does not want the rest.
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => fail(&format!("standard output: {e}"), 1),
+        _ => ExitCode::SUCCESS,
+    }
 }
 
 /// Warnings and errors; RUST_LOG asks for more.

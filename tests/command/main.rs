@@ -9,6 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 
 use common::ability::Ability;
 use common::export::binary;
+use common::nbd::{Address, Server};
 use common::sandbox::Sandbox;
 use common::suite::{as_user, run_trials, trial};
 use common::{USER, program, succeed};
@@ -319,6 +320,7 @@ fn main() -> ExitCode {
     let others = [
         trial("help_and_version_are_printed".into(), vec![], help_and_version_are_printed),
         trial("help_names_every_exit_status".into(), vec![], help_names_every_exit_status),
+        trial("lost_output_is_a_failure".into(), vec!["nbd", "nbdkit"], lost_output_is_a_failure),
         trial("read_only_outweighs_rw".into(), vec!["fuse"], read_only_outweighs_rw),
         trial(
             "mount_and_fstab_know_it".into(),
@@ -424,4 +426,25 @@ fn mount_and_fstab_know_it() {
     let unshare = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"];
     let mut command = program("unshare", unshare);
     succeed(command.args(["bash", "-ec", SCRIPT, "bash", binary()]).arg(sandbox.path()));
+}
+
+fn lost_output_is_a_failure() {
+    let sandbox = Sandbox::new();
+    let address = Address::unix(&sandbox);
+    let _server = Server::nbdkit(&address, ["memory", "1M"]);
+    let (info, list) = (["--info", "mem:1M"], ["--list", &address.uri("")]);
+    for words in [&info[..], &[&info[..], &["--json"]].concat(), &list, &["--help"]] {
+        let full = fs::File::options().write(true).open("/dev/full").expect("every Linux has it");
+        let output = program(binary(), words).stdout(full).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{words:?}: {said}");
+        let expected = "diskfuse: standard output: No space left on device";
+        assert!(said.starts_with(expected), "{words:?}: {said}");
+
+        // No failure: nobody wants the rest.
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = program(binary(), words).stdout(writer).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{words:?}: {output:?}");
+    }
 }
