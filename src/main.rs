@@ -16,7 +16,7 @@ fn main() -> ExitCode {
         std::env::args_os().skip(1).map(std::ffi::OsString::into_string).collect();
     let command = match words {
         Ok(words) => cli::parse(&words).map_err(|e| e.to_string()),
-        Err(word) => Err(format!("{}: not UTF-8", word.display())),
+        Err(word) => Err(format!("{}: not UTF-8: use a symbolic link that is", word.display())),
     };
     start_log();
     match command {

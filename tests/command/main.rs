@@ -4,7 +4,9 @@
 mod common;
 mod processes;
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, ExitCode, Stdio};
 
 use common::ability::Ability;
@@ -327,6 +329,7 @@ fn main() -> ExitCode {
             vec!["root", "fuse", "mount.fuse3"],
             mount_and_fstab_know_it,
         ),
+        trial("other_names_need_a_link".into(), vec!["fuse"], other_names_need_a_link),
         trial("nothing_is_said_without_need".into(), vec!["fuse"], nothing_is_said_without_need),
     ];
     let trials: Vec<Trial> = refusals.chain(others).chain(processes::trials()).collect();
@@ -447,4 +450,24 @@ fn lost_output_is_a_failure() {
         let output = program(binary(), words).stdout(writer).output().unwrap();
         assert!(output.status.success() && output.stderr.is_empty(), "{words:?}: {output:?}");
     }
+}
+
+fn other_names_need_a_link() {
+    let sandbox = Sandbox::new();
+    let make = |name: &[u8], link: &str, content: &[u8]| {
+        let path = sandbox.path().join(OsStr::from_bytes(name));
+        fs::write(&path, content).unwrap();
+        std::os::unix::fs::symlink(&path, sandbox.join(link)).unwrap();
+        path
+    };
+    let image = make(b"image-\xff", "image", &[7; 4096]);
+    let disk = make(b"disk-\xff", "disk", b"");
+    for words in [[&image, &sandbox.join("disk")], [&sandbox.join("image"), &disk]] {
+        let output = program(binary(), ["--run", "true"]).args(words).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains("not UTF-8") && said.contains("symbolic link"), "{said}");
+    }
+    let run = ["--run", r#"cmp image "$DISKFUSE_FILE" && cmp image disk"#, "image", "disk"];
+    succeed(program(binary(), run).current_dir(sandbox.path()));
 }
