@@ -67,6 +67,7 @@ pub fn device_that_cannot_be_written_is_read_only(case: &Case) {
     let image = case.patchy();
     let device = image.source.as_str();
     succeed(&mut program("blockdev", ["--setro", device]));
+    let _read_only = ReadOnly(device);
     is_exported_read_only(case, &image);
     let info = succeed(&mut program(binary(), ["--info", device]));
     assert!(info.lines().any(|line| line.contains("read only") && line.contains("yes")), "{info}");
@@ -78,6 +79,18 @@ fn is_exported_read_only(case: &Case, image: &crate::common::image::Image) {
     assert_errno(chmod(export.file(), 0o600), EROFS);
     assert_eq!(fs::read(export.file()).unwrap(), case.patchy_bytes());
     export.stop(libc::SIGTERM).assert(0, &["read-only"]);
+}
+
+/// A device that is switched to read-only, which outlasts what a loop device is attached to.
+struct ReadOnly<'a>(&'a str);
+
+impl Drop for ReadOnly<'_> {
+    fn drop(&mut self) {
+        let output = program("blockdev", ["--setrw", self.0]).output();
+        if !output.is_ok_and(|o| o.status.success()) {
+            eprintln!("{}: left read-only", self.0);
+        }
+    }
 }
 
 struct Unmount<'a>(&'a Path);
