@@ -57,7 +57,7 @@ impl Mountpoint {
         clear_dead_mount(path);
         let mut created = None;
         let mut metadata = fs::metadata(path);
-        if metadata.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN)) {
+        if metadata.as_ref().is_err_and(is_dead) {
             // It died between the two looks.
             clear_dead_mount(path);
             metadata = fs::metadata(path);
@@ -78,7 +78,7 @@ impl Mountpoint {
                 created = Some((metadata.dev(), metadata.ino()));
                 metadata
             }
-            Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
+            Err(e) if is_dead(&e) => {
                 return Err(fail(
                     "a dead FUSE mount is in the way: unmount it (fusermount3 -u, or umount as root)",
                 ));
@@ -336,11 +336,15 @@ fn helper_unmount(path: &Path, lazy: bool) -> Result<(), String> {
     Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
 }
 
+/// Whether a file cannot be looked at because nobody serves it: ECONNABORTED while the kernel is still ending the
+/// connection of a process killed just now.
+fn is_dead(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
+}
+
 /// Unmounts what a killed diskfuse left behind: nobody serves it any more, so nothing is lost by that.
 fn clear_dead_mount(path: &Path) {
-    // ECONNABORTED while the kernel is still ending the connection of a process killed just now.
-    let dead = fs::metadata(path)
-        .is_err_and(|e| matches!(e.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED)));
+    let dead = fs::metadata(path).is_err_and(|e| is_dead(&e));
     let Some(full) = dead.then(|| lexical_path(path)).flatten() else { return };
     let mounted = mountinfo_entry(&full).ok().flatten();
     if mounted.is_some_and(|entry| entry.fs_type == FS_TYPE) {
