@@ -8,7 +8,7 @@ use libc::{EIO, O_DIRECT, O_RDONLY, SIGTERM};
 
 use crate::common::export::Export;
 use crate::common::nbd::{Address, Server};
-use crate::common::{Aligned, SOON, assert_errno, eventually, noise};
+use crate::common::{Aligned, SOON, assert_errno, eventually, noise, program, succeed};
 use crate::{Bench, SIZE, open};
 
 const CLIENTS: usize = 8;
@@ -78,7 +78,12 @@ pub fn killed_server_of_a_flushed_disk_costs_nothing(bench: &Bench) {
     let (mut server, uri) = bench.nbdkit(&["file", disk.to_str().unwrap()]);
     let mut export = bench.export(&uri);
     let data = noise(5, SIZE / 2);
-    fs::File::options().write(true).open(export.file()).unwrap().write_all_at(&data, 77).unwrap();
+    // By another process: a child that another trial forks would inherit the file, and close it when the server is gone.
+    let copy = disk.with_file_name("data");
+    fs::write(&copy, &data).unwrap();
+    let dd = ["bs=1M", "seek=77", "oflag=seek_bytes", "conv=notrunc", "status=none"];
+    let (from, to) = (format!("if={}", copy.display()), format!("of={}", export.file().display()));
+    succeed(program("dd", dd).args([from, to]));
     server.kill();
     let file = fs::File::options().read(true).open(export.file()).unwrap();
     let direct = rustix::fs::OFlags::from_bits_retain(O_RDONLY as u32) | rustix::fs::OFlags::DIRECT;
