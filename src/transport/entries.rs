@@ -45,14 +45,22 @@ impl Entries {
             })
             .collect();
         for (key, queue, iovecs) in &registered {
-            // SAFETY: the iovecs outlive the enter below; the memory is in `in_kernel`, which gives it out only
+            // SAFETY: the iovecs outlive the enters below that submit them; the memory is in `in_kernel`, which gives it out only
             // after the entry's completion.
             unsafe {
                 self.ring.register_entry(self.device.as_raw_fd(), *queue, *key as u32, iovecs);
             }
         }
-        let entered = self.ring.enter(false);
-        drop(registered);
+        let mut entered = self.ring.enter(false);
+        while entered.is_ok() && self.ring.has_unsubmitted() {
+            // There is no memory for a request just now.
+            std::thread::yield_now();
+            entered = self.ring.enter(false);
+        }
+        if entered.is_err() {
+            // What was not submitted still names them, and the ring may be entered again.
+            std::mem::forget(registered);
+        }
         entered
     }
 
