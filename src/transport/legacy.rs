@@ -115,13 +115,11 @@ impl Channel {
     ) -> io::Result<()> {
         loop {
             // Not with the baton in hand: another worker may have memory.
-            let mut first = Some(self.free_memory().await);
+            self.wait_for_memory().await;
             let turn = self.wait(server, baton.lock()).await;
             let mut in_a_row = 0;
             let long = loop {
-                let Some(memory) = first.take().or_else(|| self.free.borrow_mut().pop()) else {
-                    break None;
-                };
+                let Some(memory) = self.free.borrow_mut().pop() else { break None };
                 match self.read(memory) {
                     Ok(slot) => {
                         poller.busy();
@@ -173,14 +171,19 @@ impl Channel {
     }
 
     async fn free_memory(&self) -> Memory {
-        std::future::poll_fn(|cx| match self.free.borrow_mut().pop() {
-            Some(memory) => Poll::Ready(memory),
-            None => {
-                *self.starved.borrow_mut() = Some(cx.waker().clone());
-                Poll::Pending
+        self.wait_for_memory().await;
+        self.free.borrow_mut().pop().expect("only the reading loop takes any")
+    }
+
+    async fn wait_for_memory(&self) {
+        std::future::poll_fn(|cx| {
+            if !self.free.borrow().is_empty() {
+                return Poll::Ready(());
             }
+            *self.starved.borrow_mut() = Some(cx.waker().clone());
+            Poll::Pending
         })
-        .await
+        .await;
     }
 
     fn read(self: &Rc<Self>, mut memory: Memory) -> Result<Slot, Stop> {
