@@ -23,9 +23,10 @@ impl Length {
         self.bytes.load(Ordering::Acquire)
     }
 
-    /// Something was written up to `end`.
+    /// Something was written up to `end`. Others may have cut the file off before that, so to be as long as it was is a
+    /// change too.
     pub fn grow_to(&self, end: u64) {
-        if end > self.get() {
+        if end >= self.get() {
             *self.changes() += 1;
             self.bytes.fetch_max(end, Ordering::AcqRel);
         }
@@ -78,6 +79,11 @@ mod tests {
     #[test]
     fn an_old_look_undoes_no_change() {
         let length = Length::new(100);
+        look(&length, || {
+            length.grow_to(200);
+            100
+        });
+        assert_eq!(length.get(), 200);
         look(&length, || {
             length.grow_to(200);
             100

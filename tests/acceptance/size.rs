@@ -109,6 +109,15 @@ pub fn size_that_others_have_changed_is_known(case: &Case) {
     assert!(end[..4096] == [0; 4096] && end[4096..] == [1; 4096]);
 }
 
+/// Ends another thread's work, also if this one panics.
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 pub fn appends_beside_stat_are_read_back(case: &Case) {
     let image = case.patchy();
     let export = case.export(&image, &["--growable"]);
@@ -122,16 +131,13 @@ pub fn appends_beside_stat_are_read_back(case: &Case) {
                 file.read_at(&mut [0], 0).unwrap();
             }
         });
+        let _done = Done(&done);
         for at in (0..2000u64).map(|n| SIZE as u64 + n * 512) {
             file.write_all_at(&[7; 512], at).unwrap();
             let mut read = [0; 512];
             let len = file.read_at(&mut read, at).unwrap();
-            if len != 512 || read != [7; 512] {
-                done.store(true, Ordering::Relaxed);
-                panic!("{len} bytes at {at}");
-            }
+            assert!(len == 512 && read == [7; 512], "{len} bytes at {at}");
         }
-        done.store(true, Ordering::Relaxed);
     });
 }
 
