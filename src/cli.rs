@@ -230,7 +230,7 @@ const WITH_VALUE: [&str; 7] = [
 /// The options that take none.
 const SWITCHES: [&str; 4] = ["read-only", "growable", "direct", "daemonize"];
 /// Words of mount(8) and fstab(5) that mean nothing here, or are so anyway.
-const MOUNT_WORDS: [&str; 38] = [
+const MOUNT_WORDS: [&str; 35] = [
     "defaults",
     "auto",
     "noauto",
@@ -250,8 +250,6 @@ const MOUNT_WORDS: [&str; 38] = [
     "exec",
     "noexec",
     "async",
-    "sync",
-    "dirsync",
     "atime",
     "noatime",
     "diratime",
@@ -262,7 +260,6 @@ const MOUNT_WORDS: [&str; 38] = [
     "nostrictatime",
     "lazytime",
     "nolazytime",
-    "mand",
     "nomand",
     "iversion",
     "noiversion",
@@ -555,7 +552,7 @@ mod tests {
             assert_eq!(config(&format!("a b -o {word}")), plain, "{word}");
         }
         // They ask for what would not happen.
-        for word in ["remount", "bind", "context=x", "dev=1"] {
+        for word in ["remount", "bind", "sync", "context=x", "dev=1"] {
             assert!(error(&format!("a b -o {word}")).contains("-o "), "{word}");
         }
     }
