@@ -161,20 +161,35 @@ fn check_page_size() -> Result<(), Failure> {
     }
 }
 
-/// Threads that serve need descriptors, and without them would fail one after the other behind a mount.
-fn allow_open_files(config: &Config) -> Result<(), Failure> {
+/// Threads that serve need descriptors, and without them would fail one after the other behind a mount. Says whether
+/// there are enough for rings.
+fn allow_open_files(config: &Config) -> Result<When, Failure> {
     const IN_ALL: u64 = 32;
     const FOR_EACH_THREAD: u64 = 8;
-    let by_ring = config.io_uring != When::Off;
-    let threads = if by_ring { sys::possible_cpus().unwrap_or(0) } else { 0 };
-    let wanted = IN_ALL + FOR_EACH_THREAD * threads.max(session::MOST_WORKERS) as u64;
-    match sys::allow_open_files(wanted) {
-        Ok(allowed) if allowed < wanted => Err(Failure::Mount(format!(
-            "{allowed} open files are not enough: {wanted} may be needed (a larger ulimit -n{})",
-            if by_ring { ", or --io-uring off" } else { "" }
+    let limit = |threads: usize| {
+        let wanted = IN_ALL + FOR_EACH_THREAD * threads as u64;
+        match sys::allow_open_files(wanted) {
+            Ok(allowed) if allowed < wanted => {
+                Err(format!("{allowed} open files are not enough: {wanted} may be needed"))
+            }
+            Ok(_) => Ok(()),
+            Err(e) => Err(format!("the limit of open files: {e}")),
+        }
+    };
+    let workers = session::worker_count();
+    limit(workers).map_err(|why| Failure::Mount(format!("{why} (a larger ulimit -n)")))?;
+    if config.io_uring == When::Off {
+        return Ok(When::Off);
+    }
+    match (limit(workers + sys::possible_cpus().unwrap_or(0)), config.io_uring) {
+        (Ok(()), when) => Ok(when),
+        (Err(why), When::Auto) => {
+            log::warn!("serving by /dev/fuse, no FUSE over io_uring: {why} (a larger ulimit -n)");
+            Ok(When::Off)
+        }
+        (Err(why), _) => Err(Failure::Mount(format!(
+            "no FUSE over io_uring: {why} (a larger ulimit -n), or use --io-uring off"
         ))),
-        Ok(_) => Ok(()),
-        Err(e) => Err(Failure::Mount(format!("the limit of open files: {e}"))),
     }
 }
 
@@ -187,7 +202,7 @@ fn serve<B: Backend>(
     let mut pidfile =
         config.pidfile.as_deref().map(Pidfile::lock).transpose().map_err(Failure::Serving)?;
     check_page_size()?;
-    allow_open_files(config)?;
+    let io_uring = allow_open_files(config)?;
     let (path, folder) = place(config)?;
     let read_only = config.read_only || backend.capabilities().read_only;
     let (mount, device, allow_other) = mount(config, &path, read_only)?;
@@ -203,7 +218,7 @@ fn serve<B: Backend>(
         .map_err(|e| Failure::Source(format!("{}: {e}", config.source)))?;
     let export = Arc::new(export);
     let stats = Stats::default();
-    let options = session::Options { io_uring: config.io_uring, queue_depth: config.queue_depth };
+    let options = session::Options { io_uring, queue_depth: config.queue_depth };
     let session = Session::start(device, &export, options, &stats, &control.poller)
         .map_err(|e| Failure::Mount(format!("{}: {e}", mount.path().display())))?;
     log::info!(
@@ -319,13 +334,13 @@ impl Control {
     }
 
     /// Waits for a signal, a notification or the time-out; the signal to stop, if there was one.
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Option<i32>> {
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Option<sys::Signal>> {
         self.events.clear();
         self.poller.wait(&mut self.events, timeout)?;
         // polling watches once only.
         self.poller.modify(&self.signals, Event::readable(0))?;
         let signal = sys::next_signal(&self.signals)?;
-        Ok(signal.filter(|&signal| signal != libc::SIGCHLD))
+        Ok(signal.filter(|signal| signal.number != libc::SIGCHLD))
     }
 
     /// Tells whoever waits for it that the file can be used: the pidfile, the foreground process, the command
@@ -375,7 +390,7 @@ impl Control {
                 return result;
             }
             if let Some(signal) = self.wait(None)? {
-                return Err(io::Error::other(format!("stopped by signal {signal}")));
+                return Err(io::Error::other(format!("stopped by signal {}", signal.number)));
             }
         }
     }
@@ -429,11 +444,13 @@ impl Control {
         }
     }
 
-    fn on_signal(&mut self, signal: i32, mount: Option<&Mount>) {
-        log::info!("signal {signal}");
+    fn on_signal(&mut self, signal: sys::Signal, mount: Option<&Mount>) {
+        log::info!("signal {}", signal.number);
         if let Some(command) = &self.command {
-            // The command's end is ours; it may have something to tidy up.
-            if let Err(e) = sys::kill(command.id(), signal) {
+            // The command's end is ours; it may have something to tidy up. It has had the terminal's Ctrl-C itself.
+            if !signal.by_kernel
+                && let Err(e) = sys::kill(command.id(), signal.number)
+            {
                 log::warn!("the command cannot be signalled: {e}");
             }
             return;

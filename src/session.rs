@@ -23,7 +23,7 @@ use crate::transport::uring::{Progress, Queue};
 /// The kernel sends INIT as soon as the mount exists; this is for a machine that is very busy.
 const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// More /dev/fuse workers than this only get in each other's way at the one queue.
-pub const MOST_WORKERS: usize = 8;
+const MOST_WORKERS: usize = 8;
 /// Requests in flight for each worker, unless the user says otherwise.
 const WORKER_DEPTH: usize = 128;
 /// What INIT asks for; the kernel grants what it has of these.
@@ -289,9 +289,14 @@ fn no_ring(e: &io::Error) -> String {
     }
 }
 
+/// How many workers there are to be.
+pub fn worker_count() -> usize {
+    thread::available_parallelism().map_or(1, |n| n.get()).min(MOST_WORKERS)
+}
+
 /// A descriptor for each worker; one worker only, where /dev/fuse cannot be opened again.
 fn worker_devices(first: OwnedFd) -> Vec<OwnedFd> {
-    let workers = thread::available_parallelism().map_or(1, |n| n.get()).min(MOST_WORKERS);
+    let workers = worker_count();
     let mut devices = vec![first];
     while devices.len() < workers {
         match sys::clone_fuse_device(&devices[0]) {

@@ -441,12 +441,24 @@ pub fn watch(
     unsafe { poller.add(source, interest) }
 }
 
+/// A signal that has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Signal {
+    /// `SIGINT` and so on
+    pub number: libc::c_int,
+    /// The kernel sent it to the whole foreground process group, as a terminal's Ctrl-C (`SI_KERNEL`).
+    pub by_kernel: bool,
+}
+
 /// The next signal of a [`signal_fd`], if one is pending.
-pub fn next_signal(fd: &impl AsRawFd) -> io::Result<Option<libc::c_int>> {
+pub fn next_signal(fd: &impl AsRawFd) -> io::Result<Option<Signal>> {
     let mut info = [0_u8; size_of::<libc::signalfd_siginfo>()];
     match read(fd, &mut info) {
-        // ssi_signo is the first field.
-        Ok(_) => Ok(Some(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]))),
+        Ok(_) => {
+            // ssi_signo, ssi_errno, ssi_code, ...
+            let field = |at: usize| i32::from_ne_bytes([0, 1, 2, 3].map(|i| info[at * 4 + i]));
+            Ok(Some(Signal { number: field(0), by_kernel: field(2) == libc::SI_KERNEL }))
+        }
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
         Err(e) => Err(e),
     }

@@ -406,7 +406,8 @@ fn mount_and_fstab_know_it() {
         check() {
             cmp image disk
             umount disk
-            until [[ ! -e pid ]]; do sleep 0.01; done
+            for _ in {1..2000}; do [[ -e pid ]] || break; sleep 0.01; done
+            [[ ! -e pid ]]
         }
         mount -t fuse.diskfuse -o daemonize,noatime,pidfile="$PWD/pid" "$PWD/image" "$PWD/disk"
         check

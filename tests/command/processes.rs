@@ -19,6 +19,7 @@ pub fn trials() -> Vec<Trial> {
         trial("hangup_is_ignored_under_nohup", hangup_is_ignored_under_nohup),
         trial("file_size_limit_fails_the_write", file_size_limit_fails_the_write),
         trial("too_few_open_files_are_refused", too_few_open_files_are_refused),
+        trial("rings_are_given_up_for_want_of_open_files", rings_are_given_up),
         trial("open_files_are_allowed_up_to_the_hard_limit", open_files_are_allowed),
     ]
 }
@@ -85,6 +86,19 @@ fn too_few_open_files_are_refused() {
     let refused = Export::try_start("mem:1M", &disk, &[], |command| after("ulimit -n 16", command));
     refused.err().expect("a refusal").assert(4, &["ulimit -n"]);
     assert_eq!(sandbox.names(), [""; 0]);
+}
+
+fn rings_are_given_up() {
+    let sandbox = Sandbox::new();
+    let workers = std::thread::available_parallelism().unwrap().get().min(8);
+    let shell = format!("ulimit -n {}", 32 + 8 * workers);
+    let mut export = export(&sandbox, "mem:1M", &shell);
+    assert_eq!(fs::read(export.file()).unwrap(), vec![0; 1 << 20]);
+    export.stop(libc::SIGTERM).assert(0, &["serving by /dev/fuse", "ulimit -n"]);
+    let disk = sandbox.join("disk");
+    let tune = |command: &mut Command| after(&shell, command);
+    let refused = Export::try_start("mem:1M", &disk, &["--io-uring=on"], tune);
+    refused.err().expect("a refusal").assert(4, &["ulimit -n", "--io-uring off"]);
 }
 
 fn open_files_are_allowed() {
