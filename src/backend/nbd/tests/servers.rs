@@ -92,6 +92,14 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // nbdkit clears away what it keeps in /tmp, if it is asked to end.
+        let _ = crate::sys::kill(self.child.id(), libc::SIGTERM);
+        for _ in 0..200 {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
         // Of a server that went to the background.
