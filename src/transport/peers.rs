@@ -10,10 +10,11 @@
 //! * **Small requests** are served by their queue's own thread, near the client. One that arrives in an entry
 //!   that was given away takes it home. The kernel takes the entry that was committed last, so few have to.
 //!
-//! A thread keeps its last entry: one without any would hear of nothing, the end of the connection included.
+//! A thread keeps one of its own: without any entry it would hear of nothing, the end of the connection included.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 
 use smol::channel::{self, Receiver, Sender};
 
@@ -32,6 +33,8 @@ pub struct Peers(Vec<Peer>);
 #[repr(align(128))]
 struct Peer {
     requests: Sender<Memory>,
+    /// Its queue's entries that have not been given away.
+    own: AtomicUsize,
     /// Large requests that it has been given and has not answered.
     load: AtomicUsize,
     /// Requests that have arrived on its ring. Only it writes.
@@ -50,6 +53,7 @@ impl Peers {
                 (
                     Peer {
                         requests,
+                        own: AtomicUsize::new(0),
                         load: AtomicUsize::new(0),
                         arrivals: AtomicUsize::new(0),
                         is_at_home: AtomicBool::new(false),
@@ -62,21 +66,33 @@ impl Peers {
     }
 
     /// Takes the request that has arrived in `memory` at the thread of queue `here` to the thread that serves
-    /// it: this one if it `stays`. Whether that is another one.
-    pub fn route(&self, here: usize, memory: Memory, stays: bool) -> bool {
+    /// it. Whether that is another one.
+    pub fn route(&self, here: usize, memory: Memory) -> bool {
         let arrivals = &self.0[here].arrivals;
         arrivals.store(arrivals.load(Relaxed).wrapping_add(1), Relaxed);
         let large = is_large(&memory);
-        let there = match (stays, large) {
-            (true, _) => here,
-            (false, true) => self.least_loaded(here),
-            (false, false) => usize::from(memory.queue()),
+        let queue = usize::from(memory.queue());
+        let is_last = queue == here && self.0[here].own.load(Acquire) <= 1;
+        let there = if large && !is_last { self.least_loaded(here) } else { queue };
+        let Err(memory) = self.send(there, memory, large) else {
+            if there != here && queue == here {
+                self.0[here].own.fetch_sub(1, Relaxed);
+            }
+            if there != here && queue == there {
+                // Only now that it is there: the thread may give another one away for it.
+                self.0[there].own.fetch_add(1, Release);
+            }
+            return there != here;
         };
-        let Err(memory) = self.send(there, memory, large) else { return there != here };
         // That thread has ended; the connection is about to.
         let delivered = self.send(here, memory, large);
         debug_assert!(delivered.is_ok(), "a thread reads its channel as long as it reaps");
         false
+    }
+
+    /// The thread of queue `here` has registered so many entries.
+    pub fn registered(&self, here: usize, entries: usize) {
+        self.0[here].own.fetch_add(entries, Release);
     }
 
     /// The thread of queue `here` answers the request in `memory`.
@@ -174,7 +190,7 @@ mod tests {
     fn small_requests_stay_at_home() {
         let (peers, receivers) = Peers::new(2, 8);
         for _ in 0..8 {
-            assert!(!peers.route(0, read(0, 4096), false));
+            assert!(!peers.route(0, read(0, 4096)));
         }
         assert_eq!(given(&receivers), [8, 0]);
     }
@@ -182,15 +198,16 @@ mod tests {
     #[test]
     fn a_small_request_takes_its_entry_home() {
         let (peers, receivers) = Peers::new(2, 8);
-        assert!(peers.route(0, read(1, 4096), false));
+        assert!(peers.route(0, read(1, 4096)));
         assert_eq!(given(&receivers), [0, 1]);
     }
 
     #[test]
     fn large_requests_are_shared_evenly() {
         let (peers, receivers) = Peers::new(2, 16);
+        peers.registered(0, 16);
         for _ in 0..16 {
-            peers.route(0, read(0, LARGE), false);
+            peers.route(0, read(0, LARGE));
         }
         assert_eq!(given(&receivers), [8, 8]);
     }
@@ -199,25 +216,32 @@ mod tests {
     fn a_lone_large_request_stays() {
         let (peers, receivers) = Peers::new(2, 16);
         for _ in 0..4 {
-            assert!(!peers.route(0, read(0, LARGE), false));
+            assert!(!peers.route(0, read(0, LARGE)));
             peers.answered(0, &receivers[0].try_recv().unwrap());
         }
     }
 
     #[test]
-    fn what_stays_stays() {
+    fn a_thread_keeps_its_last_entry() {
         let (peers, receivers) = Peers::new(2, 16);
-        for request in [read(0, LARGE), read(0, LARGE), read(1, 4096)] {
-            assert!(!peers.route(0, request, true));
+        peers.registered(0, 2);
+        // One is given away, the other not, though it is just as large.
+        for given_away in [false, true, false, false] {
+            assert_eq!(peers.route(0, read(0, LARGE)), given_away);
         }
-        assert_eq!(given(&receivers), [3, 0]);
+        // When the one is back, it may go again.
+        let back = receivers[1].try_recv().unwrap();
+        peers.answered(1, &back);
+        assert!(peers.route(1, read(0, 4096)));
+        assert!(peers.route(0, read(0, LARGE)));
+        assert!(!peers.route(0, read(0, LARGE)));
     }
 
     #[test]
     fn a_single_queue_keeps_everything() {
         let (peers, receivers) = Peers::new(1, 4);
         for _ in 0..4 {
-            assert!(!peers.route(0, read(0, LARGE), false));
+            assert!(!peers.route(0, read(0, LARGE)));
         }
         assert_eq!(given(&receivers), [4]);
     }
@@ -227,9 +251,9 @@ mod tests {
         let (peers, mut receivers) = Peers::new(2, 4);
         receivers.pop();
         for _ in 0..4 {
-            assert!(!peers.route(0, read(1, LARGE), false));
+            assert!(!peers.route(0, read(1, LARGE)));
         }
-        assert!(!peers.route(0, read(1, 4096), false));
+        assert!(!peers.route(0, read(1, 4096)));
         assert_eq!(given(&receivers), [5]);
     }
 }

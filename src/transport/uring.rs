@@ -146,10 +146,10 @@ impl<B: Backend> Queue<B> {
             return Err(e);
         }
         let here = usize::from(self.qid);
+        self.peers.registered(here, first);
         let mut refused = None;
         entries.reap(|completed| match completed {
-            // Nothing is known yet of how busy the threads are.
-            Ok(memory) => drop(self.peers.route(here, memory, true)),
+            Ok(memory) => drop(self.peers.route(here, memory)),
             Err(e) => refused = Some(e),
         });
         reporter.report(match refused {
@@ -330,10 +330,7 @@ impl<B: Backend> Loop<B> {
                     pin.request_of(memory.head_struct::<InHeader>(uring_header::IN_OUT).pid);
                 }
                 small |= !peers::is_large(&memory);
-                let is_last = self.entries.in_kernel() == 0
-                    && !self.peers.has_requests(self.here)
-                    && self.server.in_flight() == 0;
-                if self.peers.route(self.here, memory, is_last) {
+                if self.peers.route(self.here, memory) {
                     self.stats.handed_over.add(1);
                 }
             }
@@ -358,6 +355,7 @@ impl<B: Backend> Loop<B> {
         match Memory::allocate(self.here as u16, more) {
             Ok(memory) => {
                 self.registered += more;
+                self.peers.registered(self.here, more);
                 self.entries.register(memory)
             }
             Err(e) => {
