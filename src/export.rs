@@ -196,6 +196,12 @@ impl<B: Backend> Export<B> {
         (len as u64).min(self.backend.size().saturating_sub(offset)) as usize
     }
 
+    /// The source's size, which others may have changed; `stat` is where that is noticed.
+    fn size_now(&self) -> Result<u64, Errno> {
+        self.backend.stat()?;
+        Ok(self.backend.size())
+    }
+
     async fn open(&self, lane: &B::Lane, flags: u32) -> Result<Reply, Errno> {
         let writing = flags & libc::O_ACCMODE as u32 != libc::O_RDONLY as u32;
         if writing {
@@ -249,9 +255,7 @@ impl<B: Backend> Export<B> {
         self.check_writable()?;
         let end = offset.checked_add(len).filter(|&end| i64::try_from(end).is_ok());
         let end = end.ok_or(Errno::EFBIG)?;
-        // Others may have changed its size.
-        self.backend.stat()?;
-        let size = self.backend.size();
+        let size = self.size_now()?;
         let grows = end > size && mode & KEEP_SIZE == 0;
         if grows && !self.capabilities.resizable {
             return Err(Errno::ENOSPC);
@@ -347,11 +351,7 @@ impl<B: Backend> Export<B> {
                 return Err(Errno::EPERM);
             }
         }
-        if has(fattr::SIZE) {
-            // Others may have changed it.
-            self.backend.stat()?;
-        }
-        if has(fattr::SIZE) && change.size != self.backend.size() {
+        if has(fattr::SIZE) && change.size != self.size_now()? {
             if !self.capabilities.resizable {
                 return Err(Errno::EOPNOTSUPP);
             }

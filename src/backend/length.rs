@@ -79,16 +79,14 @@ mod tests {
     #[test]
     fn an_old_look_undoes_no_change() {
         let length = Length::new(100);
-        look(&length, || {
-            length.grow_to(200);
-            100
-        });
-        assert_eq!(length.get(), 200);
-        look(&length, || {
-            length.grow_to(200);
-            100
-        });
-        assert_eq!(length.get(), 200);
+        // The second time the write ends where the length did.
+        for _ in 0..2 {
+            look(&length, || {
+                length.grow_to(200);
+                100
+            });
+            assert_eq!(length.get(), 200);
+        }
         look(&length, || {
             length.set(10);
             200
