@@ -232,12 +232,12 @@ fn serve<B: Backend>(
     if announced.is_err() {
         control.stop_at_once();
     }
-    let (ended, status) = control.supervise(session, mount);
+    let ended = control.supervise(session, mount);
     for transport in [Transport::Uring, Transport::Legacy] {
         log::info!("served by {}", stats.line(transport));
     }
-    let result = announced.and_then(|()| verdict(config, &export, ended)).map(|()| status);
-    if let Ended::Abandoned { .. } = ended {
+    let result = announced.and_then(|()| verdict(config, &export, &ended)).map(|()| ended.status);
+    if ended.abandoned {
         // Threads still use the lane and the connection: leave without their destructors.
         drop((pidfile, folder));
         if let Err(failure) = &result {
@@ -249,7 +249,7 @@ fn serve<B: Backend>(
 }
 
 /// The last flush, and whether all is well.
-fn verdict<B: Backend>(config: &Config, export: &Export<B>, ended: Ended) -> Result<(), Failure> {
+fn verdict<B: Backend>(config: &Config, export: &Export<B>, ended: &Ended) -> Result<(), Failure> {
     let source = &config.source;
     if let Err(e) = export.last_flush() {
         return Err(Failure::Serving(format!(
@@ -261,7 +261,7 @@ fn verdict<B: Backend>(config: &Config, export: &Export<B>, ended: Ended) -> Res
             "{source}: a flush failed while it was served, so writes may be lost"
         )));
     }
-    if let Ended::Failed | Ended::Abandoned { failed: true } = ended {
+    if ended.failed {
         return Err(Failure::Serving(format!("{source}: no longer served, see above")));
     }
     Ok(())
@@ -286,17 +286,14 @@ fn mount(config: &Config, path: &Path, read_only: bool) -> Result<(Mount, OwnedF
 }
 
 /// How a session ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ended {
-    /// All threads have ended.
-    Clean,
+#[derive(Debug)]
+struct Ended {
     /// A thread failed.
-    Failed,
+    failed: bool,
     /// Threads are still there; the mount is out of sight.
-    Abandoned {
-        /// Another one failed before.
-        failed: bool,
-    },
+    abandoned: bool,
+    /// The exit status of the command of `--run`, or 0.
+    status: u8,
 }
 
 /// What the control thread waits for.
@@ -400,8 +397,8 @@ impl Control {
     }
 
     /// Watches over a session until it has ended and its mount is gone, and the command of `--run` has
-    /// ended too; gives that one's status, or 0.
-    fn supervise(&mut self, mut session: Session, mount: Mount) -> (Ended, u8) {
+    /// ended too.
+    fn supervise(&mut self, mut session: Session, mount: Mount) -> Ended {
         let mut failed = false;
         let mut status = 0;
         let mut mount = Some(mount);
@@ -420,7 +417,7 @@ impl Control {
                 // Unmounts, if the end came otherwise: an abort leaves the mount in its place.
                 mount = None;
                 if self.command.is_none() {
-                    return (if failed { Ended::Failed } else { Ended::Clean }, status);
+                    return Ended { failed, abandoned: false, status };
                 }
             }
             if let (Some(stop), Some(mounted)) = (&mut self.stop, &mount) {
@@ -429,7 +426,7 @@ impl Control {
                     let path = mounted.path().display();
                     log::warn!("{path}: requests in flight are abandoned");
                     drop(mount);
-                    return (Ended::Abandoned { failed }, status);
+                    return Ended { failed, abandoned: true, status };
                 }
             }
             let timeout = (self.stop.is_some() && mount.is_some()).then_some(RETRY);
