@@ -162,7 +162,8 @@ impl Drop for Mountpoint {
 #[derive(Debug)]
 pub struct Mount {
     mountpoint: Mountpoint,
-    /// The kernel's number for it, by which it is told from a later mount in the same place. Empty if it could not be found out.
+    /// The kernel's number for it, by which it is told from a later mount in the same place. Empty if it could
+    /// not be found out.
     id: Option<u64>,
     by_helper: bool,
 }

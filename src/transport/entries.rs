@@ -45,8 +45,8 @@ impl Entries {
             })
             .collect();
         for (key, queue, iovecs) in &registered {
-            // SAFETY: the iovecs outlive the enters below that submit them; the memory is in `in_kernel`, which gives it out only
-            // after the entry's completion.
+            // SAFETY: the iovecs outlive the enters below that submit them; the memory is in `in_kernel`, which
+            // gives it out only after the entry's completion.
             unsafe {
                 self.ring.register_entry(self.device.as_raw_fd(), *queue, *key as u32, iovecs);
             }

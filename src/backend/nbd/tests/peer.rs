@@ -13,14 +13,13 @@ use super::super::connection::Connection;
 use super::super::dial::{Export, Opened};
 use super::super::handshake::BlockSizes;
 use super::super::stream::Stream;
-use super::super::wire::{Headers, be_u16, be_u32, be_u64};
+use super::super::wire::{Command, Headers, be_u16, be_u32, be_u64};
 use crate::io::Io;
 
 /// The id that the peer gave to `base:allocation`.
 pub const CONTEXT: u32 = 5;
 
-/// `NBD_CMD_DISC`
-const DISC: u16 = 2;
+const DISC: u16 = Command::Disc as u16;
 
 /// The server's end.
 pub struct Peer {
