@@ -6,6 +6,7 @@ use std::time::Duration;
 use argh::{EarlyExit, FromArgs};
 
 use crate::backend::nbd::Uri;
+use crate::export::Truncate;
 
 /// Show a disk as a file.
 ///
@@ -45,9 +46,13 @@ struct Words {
     #[argh(option, arg_name = "n")]
     queue_depth: Option<String>,
 
-    /// a write past the end makes the source longer
+    /// a write past the end makes the source longer, and a truncation is one
     #[argh(switch)]
     growable: bool,
+
+    /// what a truncation does to a disk of fixed size: refuse it, or zero what it cuts off (refuse)
+    #[argh(option, arg_name = "what")]
+    truncate: Option<String>,
 
     /// bypass the page cache of the source (O_DIRECT)
     #[argh(switch)]
@@ -145,8 +150,10 @@ pub struct Config {
     pub io_uring: When,
     /// Requests in flight for each serving thread; none: chosen from the number of CPUs.
     pub queue_depth: Option<usize>,
-    /// A write past the end makes the source longer.
+    /// A write past the end makes the source longer, and a truncation sets its length.
     pub growable: bool,
+    /// What a truncation does where the size is fixed.
+    pub truncate: Truncate,
     /// Bypass the source's page cache.
     pub direct: bool,
     /// Other users may use the file.
@@ -218,9 +225,10 @@ fn usage(why: impl Into<String>) -> UsageError {
 }
 
 /// The options that take a value, for `name=value`.
-const WITH_VALUE: [&str; 7] = [
+const WITH_VALUE: [&str; 8] = [
     "io-uring",
     "queue-depth",
+    "truncate",
     "allow-other",
     "pidfile",
     "run",
@@ -353,10 +361,14 @@ impl Words {
                 return Err(usage(format!("--list takes one URI, not also {word}")));
             }
             (Some(source), ..) => {
-                return Ok(Command::Info { source: parse_source(source)?, json, remote });
+                let source = parse_source(source)?;
+                check_certificates(&source, &remote)?;
+                return Ok(Command::Info { source, json, remote });
             }
             (_, Some(uri), _) => {
-                return match parse_source(uri)? {
+                let source = parse_source(uri)?;
+                check_certificates(&source, &remote)?;
+                return match source {
                     Source::Nbd(uri) => Ok(Command::List { uri, json, remote }),
                     _ => Err(usage(format!("--list wants an NBD URI, not {uri}"))),
                 };
@@ -376,13 +388,16 @@ impl Words {
                 return Err(usage(format!("one SOURCE and one MOUNTPOINT, not also {more}")));
             }
         };
+        let source = parse_source(source)?;
+        check_certificates(&source, &remote)?;
         Ok(Command::Serve(Config {
-            source: parse_source(source)?,
+            source,
             mountpoint,
             read_only: self.read_only || mount.read_only,
             io_uring: parse_when("--io-uring", self.io_uring.as_deref(), When::Auto)?,
             queue_depth: self.queue_depth.as_deref().map(parse_depth).transpose()?,
             growable: self.growable,
+            truncate: parse_truncate(self.truncate.as_deref())?,
             direct: self.direct,
             allow_other: parse_when("--allow-other", self.allow_other.as_deref(), When::Off)?,
             uid: mount.uid,
@@ -416,6 +431,7 @@ impl Words {
             ("run", Some(value)) => self.run = Some(value.into()),
             ("tls-certificates", Some(value)) => self.tls_certificates = Some(value.into()),
             ("connect-timeout", Some(value)) => self.connect_timeout = Some(value.into()),
+            ("truncate", Some(value)) => self.truncate = Some(value.into()),
             ("io-uring", Some(value)) => self.io_uring = Some(value.into()),
             ("queue-depth", Some(value)) => self.queue_depth = Some(value.into()),
             ("allow-other", Some(value)) => self.allow_other = Some(value.into()),
@@ -446,6 +462,26 @@ fn parse_when(option: &str, value: Option<&str>, default: When) -> Result<When, 
         Some("on") => Ok(When::On),
         Some("off") => Ok(When::Off),
         Some(other) => Err(usage(format!("{option} is auto, on or off, not {other:?}"))),
+    }
+}
+
+fn parse_truncate(value: Option<&str>) -> Result<Truncate, UsageError> {
+    match value {
+        None | Some("refuse") => Ok(Truncate::Refuse),
+        Some("zero") => Ok(Truncate::Zero),
+        Some(other) => Err(usage(format!("--truncate is refuse or zero, not {other:?}"))),
+    }
+}
+
+/// Certificates that nothing would look at: whoever named them expects TLS.
+fn check_certificates(source: &Source, remote: &Remote) -> Result<(), UsageError> {
+    match (source, &remote.tls_certificates) {
+        (Source::Nbd(uri), Some(_)) if uri.tls => Ok(()),
+        (Source::Nbd(uri), Some(_)) => Err(usage(format!(
+            "--tls-certificates goes with nbds:// and nbds+unix://; {uri} would be without TLS"
+        ))),
+        (_, Some(_)) => Err(usage("--tls-certificates goes with nbds:// and nbds+unix:// only")),
+        (_, None) => Ok(()),
     }
 }
 
@@ -662,11 +698,34 @@ mod tests {
 
     #[test]
     fn nbd_uris_are_sources() {
-        let config = config("nbd://storage/vm1 b --connect-timeout 3 --tls-certificates /pki");
-        assert_eq!(config.source.to_string(), "nbd://storage/vm1");
+        let config = config("nbds://storage/vm1 b --connect-timeout 3 --tls-certificates /pki");
+        assert_eq!(config.source.to_string(), "nbds://storage/vm1");
         assert_eq!(config.remote.connect_timeout, Duration::from_secs(3));
         assert!(error("nbd://storage/vm1?nonsense=1 b").contains("nonsense"));
         assert!(error("nbd://storage/vm1 b --connect-timeout 0").contains("from 1 to 3600"));
+    }
+
+    #[test]
+    fn certificates_want_tls() {
+        for line in [
+            "nbd://storage/vm1 b --tls-certificates /pki",
+            "nbd+unix:///?socket=s b -o tls-certificates=/pki",
+            "disk.img b --tls-certificates /pki",
+            "--list nbd://storage --tls-certificates /pki",
+            "--info nbd://storage --tls-certificates /pki",
+            "--info disk.img --tls-certificates /pki",
+        ] {
+            assert!(error(line).contains("nbds://"), "{line}");
+        }
+        assert!(words("--list nbds://storage --tls-certificates /pki").is_ok());
+    }
+
+    #[test]
+    fn truncations_are_refused_unless_they_zero() {
+        assert_eq!(config("a b").truncate, Truncate::Refuse);
+        assert_eq!(config("a b --truncate zero").truncate, Truncate::Zero);
+        assert_eq!(config("a b -o truncate=zero --truncate=refuse").truncate, Truncate::Zero);
+        assert!(error("a b --truncate cut").contains("refuse or zero, not \"cut\""));
     }
 
     #[test]

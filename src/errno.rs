@@ -27,8 +27,14 @@ impl Errno {
 }
 
 impl From<io::Error> for Errno {
-    /// A backend's error as the client sees it.
     fn from(e: io::Error) -> Errno {
+        Errno::from_ref(&e)
+    }
+}
+
+impl Errno {
+    /// A backend's error as the client sees it.
+    pub fn from_ref(e: &io::Error) -> Errno {
         match e.raw_os_error() {
             // "Not implemented" is about this request, not about the operation for all time.
             Some(libc::ENOSYS) => Errno::EOPNOTSUPP,

@@ -16,13 +16,27 @@ use crate::fuse::reply::Reply;
 use crate::fuse::request::Op;
 use crate::open_files::OpenFiles;
 
+/// What a truncation does to a disk whose size is fixed.
+///
+/// A program that truncates relies on reading zeroes behind what it then writes (`cp` skips what it takes for
+/// zeroes), so it must not be told that it was done when nothing was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Truncate {
+    /// `EOPNOTSUPP`, and nothing is changed.
+    Refuse,
+    /// Zeroes what would be cut off, and keeps the size.
+    Zero,
+}
+
 /// What the user asked of an export.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
     /// Writes are allowed; implies that the source allows them.
     pub writable: bool,
-    /// A write past the end makes the source longer.
+    /// A write past the end makes the source longer, and a truncation sets its length. Else the size is fixed.
     pub growable: bool,
+    /// What a truncation does where the size is fixed.
+    pub truncate: Truncate,
     /// Other users may use the file, as far as its mode lets them.
     pub allow_other: bool,
     /// The file's owner.
@@ -45,6 +59,8 @@ pub struct Export<B> {
     /// Read-locked by each flush and durable write, until `open_files` knows if it has failed.
     flushes: RwLock<()>,
     closed: Arc<AtomicBool>,
+    /// The log has been told that a truncation was refused, and of the cure.
+    truncation_refused: AtomicBool,
 }
 
 /// What the export itself keeps of a file's attributes.
@@ -101,6 +117,7 @@ impl<B: Backend> Export<B> {
             open_files: OpenFiles::default(),
             flushes: RwLock::new(()),
             closed,
+            truncation_refused: AtomicBool::new(false),
         })
     }
 
@@ -112,6 +129,11 @@ impl<B: Backend> Export<B> {
     /// Whether writes are allowed.
     pub fn writable(&self) -> bool {
         self.policy.writable
+    }
+
+    /// Whether its length can change.
+    pub fn growable(&self) -> bool {
+        self.policy.growable
     }
 
     /// Whether a flush has failed: data that a client believes written may be lost, so the exit status
@@ -207,11 +229,11 @@ impl<B: Backend> Export<B> {
         if writing {
             self.check_writable()?;
         }
-        // A disk of fixed size has nothing to cut off: `dd of=` and the shell's `>` open with O_TRUNC.
-        if flags & libc::O_TRUNC as u32 != 0 && self.policy.growable {
+        // The flag comes only where INIT has promised to mind it (`ATOMIC_O_TRUNC`): where the length can change. Else
+        // the kernel sends a SETATTR of size 0 after this, and believes its answer.
+        if flags & libc::O_TRUNC as u32 != 0 {
             self.check_writable()?;
-            lane.resize(0).await?;
-            self.note_modified();
+            self.truncate(lane, 0).await?;
         }
         let flush = if writing { 0 } else { abi::FOPEN_NOFLUSH };
         let flags = abi::FOPEN_DIRECT_IO | abi::FOPEN_PARALLEL_DIRECT_WRITES | flush;
@@ -257,15 +279,18 @@ impl<B: Backend> Export<B> {
         let end = end.ok_or(Errno::EFBIG)?;
         let size = self.size_now()?;
         let grows = end > size && mode & KEEP_SIZE == 0;
-        if grows && !self.capabilities.resizable {
+        if grows && !self.policy.growable {
             return Err(Errno::ENOSPC);
         }
         let inside = end.min(size).saturating_sub(offset);
         match mode {
-            0 | KEEP_SIZE if self.capabilities.resizable => {
+            0 | KEEP_SIZE if self.policy.growable => {
                 lane.allocate(offset, len, mode == KEEP_SIZE).await?;
             }
-            // A disk of fixed size has its space, as far as anyone can tell.
+            0 | KEEP_SIZE if self.capabilities.resizable && inside > 0 => {
+                lane.allocate(offset, inside, true).await?;
+            }
+            // A device, or another host's disk, has its space, as far as anyone can tell.
             0 | KEEP_SIZE => {}
             PUNCH if inside > 0 => lane.zero(offset, inside, Zero::Punch).await?,
             ZERO | ZERO_KEEP_SIZE => {
@@ -351,15 +376,8 @@ impl<B: Backend> Export<B> {
                 return Err(Errno::EPERM);
             }
         }
-        if has(fattr::SIZE) && change.size != self.size_now()? {
-            if !self.capabilities.resizable {
-                return Err(Errno::EOPNOTSUPP);
-            }
-            if i64::try_from(change.size).is_err() {
-                return Err(Errno::EFBIG);
-            }
-            lane.resize(change.size).await?;
-            self.note_modified();
+        if has(fattr::SIZE) {
+            self.truncate(lane, change.size).await?;
         }
         {
             let mut kept = self.attributes();
@@ -390,6 +408,45 @@ impl<B: Backend> Export<B> {
             }
         }
         self.attr().map(Reply::Attr)
+    }
+
+    /// Sets the length to `size` bytes, as far as that can be done.
+    async fn truncate(&self, lane: &B::Lane, size: u64) -> Result<(), Errno> {
+        let now = self.size_now()?;
+        if size == now {
+            return Ok(());
+        }
+        if self.policy.growable {
+            i64::try_from(size).map_err(|_| Errno::EFBIG)?;
+            lane.resize(size).await?;
+        } else if size < now && self.policy.truncate == Truncate::Zero {
+            self.zero_whatever_it_takes(lane, size, now - size).await?;
+        } else {
+            if !self.truncation_refused.swap(true, Ordering::Relaxed) {
+                log::warn!(
+                    "a truncation to {size} bytes was refused: the disk has {now}, and keeps them (write without \
+                     truncating, as dd conv=notrunc and the shell's 1<> do, or have it zero what is cut off: --truncate zero)"
+                );
+            }
+            return Err(Errno::EOPNOTSUPP);
+        }
+        self.note_modified();
+        Ok(())
+    }
+
+    /// Zeroes a range: as a hole if there can be one, and else by whatever way the source has.
+    async fn zero_whatever_it_takes(
+        &self,
+        lane: &B::Lane,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), Errno> {
+        match lane.zero(offset, len, Zero::Punch).await {
+            Err(e) if Errno::from_ref(&e) == Errno::EOPNOTSUPP => {
+                Ok(lane.zero(offset, len, Zero::Keep).await?)
+            }
+            zeroed => Ok(zeroed?),
+        }
     }
 
     fn check_mode(&self, mode: u32) -> Result<(), Errno> {
@@ -509,7 +566,14 @@ mod tests {
     fn fsync_beside(other: impl FnOnce(u64) -> Op) {
         let (tell, told) = bounded(1);
         let disk = Arc::new(Disk { flushes: AtomicUsize::new(0), told });
-        let policy = Policy { writable: true, growable: false, allow_other: false, uid: 0, gid: 0 };
+        let policy = Policy {
+            writable: true,
+            growable: false,
+            truncate: Truncate::Refuse,
+            allow_other: false,
+            uid: 0,
+            gid: 0,
+        };
         let export = Export::new(disk.clone(), policy, Arc::default()).unwrap();
         block_on(async {
             let flags = libc::O_WRONLY as u32;

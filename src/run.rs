@@ -210,6 +210,7 @@ fn serve<B: Backend>(
     let policy = Policy {
         writable: !read_only,
         growable: config.growable,
+        truncate: config.truncate,
         allow_other,
         uid: config.uid.unwrap_or(uid),
         gid: config.gid.unwrap_or(gid),

@@ -28,7 +28,6 @@ const MOST_WORKERS: usize = 8;
 const WORKER_DEPTH: usize = 128;
 /// What INIT asks for; the kernel grants what it has of these.
 const WANTED: u64 = init::ASYNC_READ
-    | init::ATOMIC_O_TRUNC
     | init::BIG_WRITES
     | init::ASYNC_DIO
     | init::PARALLEL_DIROPS
@@ -100,7 +99,15 @@ impl Session {
         let worker_depth = options.queue_depth.unwrap_or(WORKER_DEPTH);
         let ring_requests = rings.as_ref().map_or(0, |rings| rings.depth * rings.proceed.len());
         let in_flight = ring_requests.max(worker_depth * devices.len());
-        let reply = init_reply(&offer, in_flight, rings.is_some());
+        let mut wanted = WANTED;
+        if rings.is_some() {
+            wanted |= init::OVER_IO_URING;
+        }
+        // An open with O_TRUNC then makes the kernel believe in a size of 0, whatever the answer to it.
+        if export.growable() {
+            wanted |= init::ATOMIC_O_TRUNC;
+        }
+        let reply = init_reply(&offer, in_flight, wanted);
         send_reply(&devices[0], request.unique, reply.as_bytes()).map_err(fuse)?;
 
         let mut by_ring = false;
@@ -355,9 +362,8 @@ fn flags(offer: &InitIn) -> u64 {
     u64::from(offer.flags) | u64::from(offer.flags2) << 32
 }
 
-/// What is asked of the kernel, given its offer and how many requests can be in flight.
-fn init_reply(offer: &InitIn, in_flight: usize, over_io_uring: bool) -> InitOut {
-    let wanted = WANTED | if over_io_uring { init::OVER_IO_URING } else { 0 };
+/// What is asked of the kernel, given its offer, how many requests can be in flight, and what is wanted of it.
+fn init_reply(offer: &InitIn, in_flight: usize, wanted: u64) -> InitOut {
     let granted = wanted & flags(offer);
     // Asynchronous direct I/O counts as background, and the kernel's default of 12 would throttle it.
     let max_background = in_flight.min(usize::from(u16::MAX)) as u16;
@@ -389,7 +395,7 @@ mod tests {
     #[test]
     fn asks_only_for_what_is_offered() {
         let offer = InitIn { flags: init::ASYNC_DIO as u32, ..Default::default() };
-        let reply = init_reply(&offer, 256, false);
+        let reply = init_reply(&offer, 256, WANTED);
         assert_eq!((reply.flags, reply.flags2), (init::ASYNC_DIO as u32, 0));
         assert_eq!((reply.max_background, reply.congestion_threshold), (256, 192));
     }
@@ -397,7 +403,7 @@ mod tests {
     #[test]
     fn flags_beyond_bit_31_travel_in_flags2() {
         let offer = InitIn { flags: u32::MAX, flags2: u32::MAX, ..Default::default() };
-        let reply = init_reply(&offer, 1_000_000, true);
+        let reply = init_reply(&offer, 1_000_000, WANTED | init::OVER_IO_URING);
         assert_ne!(reply.flags2 & (init::DIRECT_IO_ALLOW_MMAP >> 32) as u32, 0);
         assert_ne!(reply.flags2 & (init::OVER_IO_URING >> 32) as u32, 0);
         assert_eq!(reply.max_background, u16::MAX);

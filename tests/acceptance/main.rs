@@ -46,8 +46,10 @@ fn main() -> ExitCode {
         size::size_that_others_have_changed_is_known if |k| k.regular,
         size::appends_beside_stat_are_read_back if |k| k.resizable,
         size::fallocate_past_the_end_grows if |k| k.resizable,
-        size::disk_of_fixed_size_keeps_it if |k| !k.resizable,
-        size::o_trunc_empties_only_what_may_grow,
+        size::disk_of_fixed_size_keeps_it,
+        size::o_trunc_never_lets_old_bytes_through,
+        size::refused_o_trunc_disturbs_nobody ["python3"],
+        size::growable_disk_is_emptied_by_o_trunc if |k| k.resizable,
         // 11-13
         holes::punch_hole_zeroes_and_frees if |k| k.punches,
         holes::punch_hole_is_refused_where_it_cannot_be if |k| !k.punches,

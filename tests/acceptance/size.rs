@@ -4,13 +4,13 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use libc::{ENOSPC, O_DIRECT};
+use libc::{ENOSPC, EOPNOTSUPP, O_DIRECT};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::common::export::Export;
-use crate::common::image::Image;
+use crate::common::image::{Image, patchy, write_sparse};
 use crate::common::suite::{Case, SIZE};
-use crate::common::{Aligned, assert_errno, noise, program, succeed};
+use crate::common::{Aligned, assert_errno, fail, noise, program, succeed};
 
 /// The length of the export, which must be that of the image.
 #[track_caller]
@@ -39,7 +39,7 @@ pub fn fixed_disk_ends_where_it_ends(case: &Case) {
     }
     let append = File::options().append(true).open(export.file()).unwrap();
     assert_errno(std::io::Write::write(&mut &append, b"x"), ENOSPC);
-    let said = crate::common::fail(
+    let said = fail(
         program("dd", ["if=/dev/zero", "bs=64k", "count=1", "conv=notrunc", "oflag=append"])
             .arg(format!("of={}", export.file().display())),
     );
@@ -73,7 +73,7 @@ pub fn growable_disk_grows(case: &Case) {
 
 pub fn truncate_keeps_both_lengths_equal(case: &Case) {
     let image = case.patchy();
-    let export = case.export(&image, &[]);
+    let export = case.export(&image, &["--growable"]);
     let file = File::options().read(true).write(true).open(export.file()).unwrap();
     let mut expected = case.patchy_bytes();
     for size in [SIZE + 4096, 1_234_567, 4096, 0, 4096, SIZE] {
@@ -94,7 +94,7 @@ pub fn truncate_keeps_both_lengths_equal(case: &Case) {
 
 pub fn size_that_others_have_changed_is_known(case: &Case) {
     let image = case.patchy();
-    let export = case.export(&image, &[]);
+    let export = case.export(&image, &["--growable"]);
     let file = File::options().write(true).open(export.file()).unwrap();
     let behind = File::options().read(true).write(true).open(image.path()).unwrap();
     // No `stat` comes in between.
@@ -143,7 +143,7 @@ pub fn appends_beside_stat_are_read_back(case: &Case) {
 
 pub fn fallocate_past_the_end_grows(case: &Case) {
     let image = case.patchy();
-    let export = case.export(&image, &[]);
+    let export = case.export(&image, &["--growable"]);
     let file = File::options().read(true).write(true).open(export.file()).unwrap();
     let mut size = SIZE;
     for mode in [FallocateFlags::empty(), FallocateFlags::ZERO_RANGE] {
@@ -162,29 +162,128 @@ pub fn fallocate_past_the_end_grows(case: &Case) {
     assert!(fs::read(export.file()).unwrap() == expected);
 }
 
+/// How the sizes of disks that cannot grow are asked to change, and those of others without `--growable`.
 pub fn disk_of_fixed_size_keeps_it(case: &Case) {
     let image = case.patchy();
-    let export = case.export(&image, &["--growable"]);
+    let options: &[&str] = if case.kind.resizable { &[] } else { &["--growable"] };
+    let mut export = case.export(&image, options);
     let file = File::options().read(true).write(true).open(export.file()).unwrap();
     for size in [0, SIZE - 4096, SIZE + 4096] {
-        assert!(file.set_len(size as u64).is_err(), "truncate to {size}");
+        assert_errno(file.set_len(size as u64), EOPNOTSUPP);
     }
     file.set_len(SIZE as u64).unwrap();
-    assert_errno(fallocate(&file, FallocateFlags::empty(), SIZE as u64, 4096), ENOSPC);
+    for mode in [FallocateFlags::empty(), FallocateFlags::ZERO_RANGE] {
+        assert_errno(fallocate(&file, mode, SIZE as u64 - 4096, 8192), ENOSPC);
+    }
     assert_errno(file.write_at(b"x", SIZE as u64), ENOSPC);
     fallocate(&file, FallocateFlags::empty(), 0, SIZE as u64).unwrap();
-    assert!(fs::read(export.file()).unwrap() == case.patchy_bytes());
-}
-
-pub fn o_trunc_empties_only_what_may_grow(case: &Case) {
-    let image = case.patchy();
-    let truncate = |export: &Export| File::options().write(true).truncate(true).open(export.file());
-    let export = case.export(&image, &[]);
-    drop(truncate(&export).unwrap());
+    fallocate(&file, FallocateFlags::KEEP_SIZE, SIZE as u64, 4096).unwrap();
+    fail(program("dd", ["if=/dev/zero", "bs=4k", "count=1"]).arg(of(&export)));
+    fail(program("sh", ["-c", ": > \"$1\"", "sh"]).arg(export.file()));
     assert_eq!(len(case, &export, &image), SIZE);
     assert!(fs::read(export.file()).unwrap() == case.patchy_bytes());
-    drop(export);
+    drop(file);
+    let ended = export.stop(libc::SIGTERM);
+    ended.assert(0, &["conv=notrunc", "1<>", "--truncate zero"]);
+    assert_eq!(ended.log.matches("was refused").count(), 1, "{}", ended.log);
+    if case.kind.visible {
+        assert!(image.bytes() == patchy(SIZE));
+    }
+}
+
+fn of(export: &Export) -> String {
+    format!("of={}", export.file().display())
+}
+
+/// `cp` skips what its source has no data for: it has made room by truncating.
+pub fn o_trunc_never_lets_old_bytes_through(case: &Case) {
+    let old = noise(10, SIZE);
+    let image = case.image(&old);
+    let sparse = case.sandbox.join("sparse");
+    // A hole in the middle and at the end; shorter than the disk.
+    let new = patchy(SIZE / 2);
+    write_sparse(&sparse, &new);
+    let copies: &[&[&str]] = &[
+        &["cp", "--sparse=auto"],
+        &["cp", "--sparse=always"],
+        &["cp", "--sparse=never"],
+        &["sh", "-c", "cat \"$1\" > \"$2\"", "sh"],
+        &["sh", "-c", "dd if=\"$1\" of=\"$2\" bs=64k conv=sparse", "sh"],
+    ];
+    let copy = |words: &[&str], export: &Export| {
+        let mut copy = program(words[0], &words[1..]);
+        copy.args([&sparse, export.file()]);
+        copy
+    };
+    let refusing = case.export(&image, &[]);
+    for words in copies {
+        fail(&mut copy(words, &refusing));
+        if case.kind.visible {
+            assert!(fs::read(refusing.file()).unwrap() == old, "{words:?}");
+        }
+    }
+    drop(refusing);
+    let export = case.export(&image, &["--truncate=zero"]);
+    let mut expected = new;
+    expected.resize(SIZE, 0);
+    let done = AtomicBool::new(false);
+    let other = File::open(export.file()).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut end = [0; 4096];
+            while !done.load(Ordering::Relaxed) {
+                assert_eq!(other.metadata().unwrap().len(), SIZE as u64);
+                assert_eq!(other.read_at(&mut end, SIZE as u64 - 4096).unwrap(), 4096);
+            }
+        });
+        let _done = Done(&done);
+        for words in copies {
+            let file = File::options().write(true).open(export.file()).unwrap();
+            file.write_all_at(&old, 0).unwrap();
+            succeed(&mut copy(words, &export));
+            assert!(fs::read(export.file()).unwrap() == expected, "{words:?}");
+        }
+        let file = File::options().write(true).open(export.file()).unwrap();
+        assert_errno(file.set_len(SIZE as u64 + 1), EOPNOTSUPP);
+        file.write_all_at(&old, 0).unwrap();
+        file.set_len(12_345).unwrap();
+    });
+    expected.fill(0);
+    expected[..12_345].copy_from_slice(&old[..12_345]);
+    assert!(fs::read(export.file()).unwrap() == expected);
+    assert_eq!(len(case, &export, &image), SIZE);
+}
+
+/// A page that somebody else has changed in a mapping is neither dropped, nor is its size forgotten.
+pub fn refused_o_trunc_disturbs_nobody(case: &Case) {
+    let image = case.patchy();
+    let export = case.export(&image, &[]);
+    let script = r#"
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+m = mmap.mmap(fd, 8192, mmap.MAP_SHARED)
+m[4096:4104] = b"dirtied!"
+try:
+    os.open(sys.argv[1], os.O_WRONLY | os.O_TRUNC)
+    sys.exit("it was truncated")
+except OSError:
+    pass
+assert len(os.pread(fd, 4096, 0)) == 4096
+m.flush()
+"#;
+    succeed(program("python3", ["-c", script]).arg(export.file()));
+    let mut expected = case.patchy_bytes();
+    expected[4096..4104].copy_from_slice(b"dirtied!");
+    assert!(fs::read(export.file()).unwrap() == expected);
+}
+
+pub fn growable_disk_is_emptied_by_o_trunc(case: &Case) {
+    let image = case.patchy();
     let export = case.export(&image, &["--growable"]);
-    drop(truncate(&export).unwrap());
-    assert_eq!(len(case, &export, &image), if case.kind.resizable { 0 } else { SIZE });
+    drop(File::options().write(true).truncate(true).open(export.file()).unwrap());
+    assert_eq!(len(case, &export, &image), 0);
+    let mut export = export;
+    fs::write(export.file(), "short").unwrap();
+    assert_eq!(len(case, &export, &image), 5);
+    export.stop(libc::SIGTERM).assert(0, &[]);
 }

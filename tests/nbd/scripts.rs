@@ -114,7 +114,7 @@ pub fn command_has_the_file_and_gives_the_status(bench: &Bench) {
         script.env("command", command).stdin(Stdio::null()).output().unwrap()
     };
     let output =
-        run("cmp $DISKFUSE_FILE disk.img && echo $DISKFUSE_FILE && echo x > $DISKFUSE_FILE");
+        run("cmp $DISKFUSE_FILE disk.img && echo $DISKFUSE_FILE && echo x 1<> $DISKFUSE_FILE");
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{output:?}");
     assert!(output.stderr.is_empty(), "{output:?}");
@@ -136,7 +136,7 @@ pub fn signals_are_passed_to_the_command(bench: &Bench) {
     let text = r#"
         mkfifo ready
         $diskfuse --pidfile pid --run '
-            trap "printf tidied > \$DISKFUSE_FILE; exit 9" TERM
+            trap "printf tidied 1<> \$DISKFUSE_FILE; exit 9" TERM
             echo > ready
             while :; do sleep 0.05; done
         ' $uri disk & 

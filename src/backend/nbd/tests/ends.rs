@@ -10,7 +10,7 @@ use super::super::wire::Headers;
 use super::super::{LAST_FLUSH_LIMIT, NbdBackend};
 use super::options;
 use super::peer::connection;
-use crate::export::{Export, Policy};
+use crate::export::{Export, Policy, Truncate};
 
 /// A disk behind these connections, the first of which tells what it is.
 fn disk(connections: &[Arc<Connection>]) -> Arc<NbdBackend> {
@@ -24,7 +24,14 @@ fn disk(connections: &[Arc<Connection>]) -> Arc<NbdBackend> {
 fn the_server_of_a_read_only_export_hears_the_goodbye_and_no_flush() {
     let (connection, peer) =
         connection(Headers::Structured, |mut peer| assert!(peer.hears_goodbye()));
-    let policy = Policy { writable: false, growable: false, allow_other: false, uid: 0, gid: 0 };
+    let policy = Policy {
+        writable: false,
+        growable: false,
+        truncate: Truncate::Refuse,
+        allow_other: false,
+        uid: 0,
+        gid: 0,
+    };
     let export = Export::new(disk(&[connection]), policy, Arc::default()).unwrap();
     export.last_flush().unwrap();
     drop(export);
