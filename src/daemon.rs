@@ -1,13 +1,12 @@
 //! What scripts need: a background process that says when it is ready, and a file with its number.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::sys;
+use crate::{locks, logging, sys};
 
 /// In the background process: tells the one that the user started that the file can be used.
 #[derive(Debug)]
@@ -48,20 +47,23 @@ impl Background {
         // Not to keep anybody's file system busy.
         std::env::set_current_dir("/")?;
         sys::standard_streams_to_null()?;
-        TO_SYSLOG.store(true, Ordering::Release);
+        logging::to_syslog();
         self.ready.write_all(&[1])
     }
 }
 
-static TO_SYSLOG: AtomicBool = AtomicBool::new(false);
+/// The name by which this program is called to read the first bytes of a file: see [`read_first`].
+pub const READER: &str = "diskfuse-reader";
 
-/// Says something to whoever listens: stderr, or syslog once the process is in the background.
-pub fn say(message: &str) {
-    if TO_SYSLOG.load(Ordering::Acquire) {
-        sys::syslog(message);
-    } else {
-        // stderr may be closed; there is nobody else to tell.
-        let _ = writeln!(io::stderr(), "diskfuse: {message}");
+/// Reads the first bytes of a file, for another process that must not. The error's number goes to stderr.
+pub fn read_first(path: &Path) -> ExitCode {
+    let mut first = [0; 4096];
+    match File::open(path).and_then(|file| file.read_at(&mut first, 0)) {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(e) => {
+            let _ = write!(io::stderr(), "{}", e.raw_os_error().unwrap_or(0));
+            ExitCode::FAILURE
+        }
     }
 }
 
@@ -74,6 +76,11 @@ pub struct Pidfile {
     ours: bool,
 }
 
+/// The byte that is locked as long as the process runs.
+const IN_USE: u64 = 0;
+/// The byte that is locked when it is about to end.
+const ENDING: u64 = 1;
+
 const NO_PIDFILE: &str =
     "is not a pidfile: choose a path where nothing is, or a file with only a number in it";
 /// More than any number and the white space around it.
@@ -85,30 +92,42 @@ impl Pidfile {
     pub fn lock(path: &Path) -> Result<Pidfile, String> {
         let fail = |why: &dyn std::fmt::Display| format!("{}: {why}", path.display());
         let not_one = || fail(&NO_PIDFILE);
-        let there = std::fs::metadata(path).ok();
-        // Not even opened: that may do something to a device.
-        if there.as_ref().is_some_and(|there| !there.is_file()) {
-            return Err(not_one());
-        }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o644)
-            .open(path)
-            .map_err(|e| fail(&format!("the pidfile cannot be written: {e}")))?;
-        // The process changes its folder later.
-        let path = path.canonicalize().map_err(|e| fail(&e))?;
-        let locked = sys::lock_byte(&file, 0);
-        let number = number_in(&file).ok_or_else(not_one)?;
-        match locked {
-            Ok(()) => Ok(Pidfile { path, file, ours: there.is_none() }),
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                Err(fail(&format!("the pidfile is in use by process {number}")))
+        loop {
+            let there = std::fs::metadata(path).ok();
+            // Not even opened: that may do something to a device.
+            if there.as_ref().is_some_and(|there| !there.is_file()) {
+                return Err(not_one());
             }
-            Err(e) => Err(fail(&format!("the pidfile cannot be locked: {e}"))),
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o644)
+                .open(path)
+                .map_err(|e| fail(&format!("the pidfile cannot be written: {e}")))?;
+            // The process changes its folder later.
+            let canonical = path.canonicalize();
+            let locked = locks::take(&file, IN_USE, ENDING);
+            let number = number_in(&file).ok_or_else(not_one)?;
+            match locked {
+                // Who had it has removed it at its end.
+                Ok(()) if !is_at(&file, path) => {}
+                Ok(()) => {
+                    let path = canonical.map_err(|e| fail(&e))?;
+                    return Ok(Pidfile { path, file, ours: there.is_none() });
+                }
+                Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {
+                    return Err(fail(&format!("the pidfile is in use by process {number}")));
+                }
+                Err(e) => return Err(fail(&format!("the pidfile cannot be locked: {e}"))),
+            }
         }
+    }
+
+    /// The process is about to end: whoever waits for the file may go on waiting.
+    pub fn ending(&self) {
+        locks::say_ending(&self.file, ENDING);
     }
 
     /// Writes the number.
@@ -131,6 +150,13 @@ fn number_in(file: &File) -> Option<String> {
     number.bytes().all(|byte| byte.is_ascii_digit()).then(|| number.to_owned())
 }
 
+/// Whether `path` is this very file.
+fn is_at(file: &File, path: &Path) -> bool {
+    let inode = |found: io::Result<Metadata>| found.map(|there| (there.dev(), there.ino())).ok();
+    let ours = inode(file.metadata());
+    ours.is_some() && inode(std::fs::metadata(path)) == ours
+}
+
 /// Whether two paths name one file, be it there or not.
 pub fn is_same_file(one: &Path, other: &Path) -> bool {
     let inode = |path| std::fs::metadata(path).map(|there| (there.dev(), there.ino())).ok();
@@ -140,12 +166,8 @@ pub fn is_same_file(one: &Path, other: &Path) -> bool {
 impl Drop for Pidfile {
     fn drop(&mut self) {
         // Somebody may have put another in its place.
-        let is_there = self.file.metadata().is_ok_and(|ours| {
-            std::fs::metadata(&self.path)
-                .is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino()))
-        });
         if self.ours
-            && is_there
+            && is_at(&self.file, &self.path)
             && let Err(e) = std::fs::remove_file(&self.path)
         {
             log::warn!("{}: {e}", self.path.display());

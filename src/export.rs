@@ -136,6 +136,11 @@ impl<B: Backend> Export<B> {
         self.policy.growable
     }
 
+    /// Whether somebody has the file open, in whatever mount namespace.
+    pub fn is_open(&self) -> bool {
+        self.open_files.any_open()
+    }
+
     /// Whether a flush has failed: data that a client believes written may be lost, so the exit status
     /// must say so.
     pub fn flush_failed(&self) -> bool {

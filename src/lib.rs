@@ -40,6 +40,8 @@ pub mod export;
 pub mod fuse;
 pub mod info;
 pub mod io;
+pub mod locks;
+pub mod logging;
 pub mod mount;
 pub mod open_files;
 pub mod pool;

@@ -6,19 +6,30 @@ use std::process::ExitCode;
 
 use diskfuse::cli::{self, Command, Config, Source};
 use diskfuse::daemon::{self, Process};
-use diskfuse::run;
+use diskfuse::{logging, run};
 
 /// Exit status for a command line that makes no sense.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    let mut name_and_path = std::env::args_os();
+    if name_and_path.next().is_some_and(|name| name == daemon::READER) {
+        let path = name_and_path.next().unwrap_or_default();
+        return daemon::read_first(path.as_ref());
+    }
+    let status = serve_or_tell();
+    logging::finish();
+    status
+}
+
+fn serve_or_tell() -> ExitCode {
     let words: Result<Vec<String>, _> =
         std::env::args_os().skip(1).map(std::ffi::OsString::into_string).collect();
     let command = match words {
         Ok(words) => cli::parse(&words).map_err(|e| e.to_string()),
         Err(word) => Err(format!("{}: not UTF-8: use a symbolic link that is", word.display())),
     };
-    start_log();
+    logging::start();
     match command {
         Ok(Command::Print(text)) => print(&text),
         Ok(Command::Info { source, json, remote }) => answer(run::info(&source, json, &remote)),
@@ -66,7 +77,7 @@ fn pidfile_is_taken(config: &Config) -> Option<String> {
 }
 
 fn fail(why: &str, status: u8) -> ExitCode {
-    daemon::say(why);
+    logging::say(why);
     ExitCode::from(status)
 }
 
@@ -77,32 +88,4 @@ fn print(text: &str) -> ExitCode {
         Err(e) if e.kind() != ErrorKind::BrokenPipe => fail(&format!("standard output: {e}"), 1),
         _ => ExitCode::SUCCESS,
     }
-}
-
-/// Warnings and errors; RUST_LOG asks for more.
-fn start_log() {
-    /// Passes whole messages on.
-    struct Say;
-
-    impl Write for Say {
-        fn write(&mut self, message: &[u8]) -> std::io::Result<usize> {
-            daemon::say(String::from_utf8_lossy(message).trim_end());
-            Ok(message.len())
-        }
-
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
-        .format(|out, record| match record.level() {
-            log::Level::Error | log::Level::Warn => writeln!(out, "{}", record.args()),
-            level => {
-                let level = level.as_str().to_lowercase();
-                writeln!(out, "{} {level}: {}", out.timestamp_micros(), record.args())
-            }
-        })
-        .target(env_logger::Target::Pipe(Box::new(Say)))
-        .init();
 }

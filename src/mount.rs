@@ -3,15 +3,23 @@
 //! root mounts by mount(2); everybody else asks `fusermount3`. [`Mountpoint::prepare`] makes all the checks
 //! that can fail before anything is changed, [`Mountpoint::mount`] gives a [`Mount`], and that one unmounts
 //! when dropped, whatever happens in between.
+//!
+//! Nothing here asks whoever serves a file: this process may be the one, and other diskfuses come and go in the same
+//! place. What is there is looked at without I/O, and told from what else could be there by numbers that are never
+//! given out twice.
 
-use std::ffi::CString;
-use std::fs::{self, OpenOptions};
+use std::ffi::{CString, OsString};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::io::Errno;
+use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use crate::sys;
 
@@ -44,10 +52,15 @@ pub struct Options {
 /// A regular file to mount on, checked and, if it was missing, created.
 #[derive(Debug)]
 pub struct Mountpoint {
-    path: PathBuf,
-    /// Device and inode of the file if it was created here: it is removed in the end.
-    created: Option<(u64, u64)>,
+    place: Place,
+    /// The file, if it was created here or by a diskfuse that has not ended yet: it is removed in the end. As long as it
+    /// is open its inode's number means no other file.
+    created: Option<File>,
 }
+
+/// Locked, by all of those that will remove it, in an empty file that was created as a mountpoint. A process that comes
+/// while the one before it is still ending has to know: the file was not there before either of them.
+const CREATED_LOCK: u64 = i64::MAX as u64 - 3;
 
 impl Mountpoint {
     /// Checks that `path` is a regular file that nothing is mounted on; creates it if it is missing, and
@@ -65,8 +78,7 @@ impl Mountpoint {
         let metadata = match metadata {
             Ok(metadata) => metadata,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-                let metadata = file.and_then(|f| f.metadata()).map_err(|e| match e.kind() {
+                let (file, metadata) = create(path).map_err(|e| match e.kind() {
                     io::ErrorKind::NotFound => {
                         fail("cannot be created: its folder does not exist (make it with mkdir -p)")
                     }
@@ -75,7 +87,7 @@ impl Mountpoint {
                     }
                     _ => fail(&format!("cannot be created as a mountpoint: {e}")),
                 })?;
-                created = Some((metadata.dev(), metadata.ino()));
+                created = Some(file);
                 metadata
             }
             Err(e) if is_dead(&e) => {
@@ -88,7 +100,6 @@ impl Mountpoint {
             }
             Err(e) => return Err(fail(&e.to_string())),
         };
-        let mut mountpoint = Mountpoint { path: path.to_owned(), created };
         if metadata.is_dir() {
             return Err(fail(
                 "is a directory: the mountpoint must be a regular file (it is created if missing)",
@@ -97,9 +108,11 @@ impl Mountpoint {
         if !metadata.is_file() {
             return Err(fail("is not a regular file: the mountpoint must be one"));
         }
-        // mount(2) follows links and umount2(2) is told not to, so both get the path without any.
-        mountpoint.path = fs::canonicalize(path).map_err(|e| fail(&e.to_string()))?;
-        match mountinfo_entry(&mountpoint.path).map_err(|e| fail(&e.to_string()))? {
+        // mount(2) follows links and umount2(2) is told not to, so both get the place without any.
+        let place = fs::canonicalize(path).and_then(|path| Place::of(&path));
+        let place = place.map_err(|e| fail(&e.to_string()))?;
+        let mut mountpoint = Mountpoint { place, created };
+        match mountinfo_entry(&mountpoint.place.path).map_err(|e| fail(&e.to_string()))? {
             Some(entry) if entry.fs_type == FS_TYPE => {
                 return Err(fail(&format!("already served, as {}", entry.source)));
             }
@@ -107,6 +120,9 @@ impl Mountpoint {
                 return Err(fail(&format!("already a mountpoint ({})", entry.fs_type)));
             }
             None => {}
+        }
+        if mountpoint.created.is_none() && metadata.len() == 0 {
+            mountpoint.created = mountpoint.place.created_by_others();
         }
         // fusermount3 would refuse it with a message of its own; this one says what to do.
         if sys::effective_ids().0 != 0 && OpenOptions::new().write(true).open(path).is_err() {
@@ -119,42 +135,158 @@ impl Mountpoint {
 
     /// Where it is, without links.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.place.path
+    }
+
+    /// Whether the file is gone since it was checked: a diskfuse that was ending has removed it.
+    pub fn has_vanished(&self) -> bool {
+        self.place.seen().is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
     }
 
     /// Mounts, and returns the connection's descriptor (not blocking). The kernel's INIT request waits
-    /// there already.
-    pub fn mount(self, options: &Options) -> Result<(Mount, OwnedFd), MountError> {
-        let fail = |why: &str| MountError(format!("{}: {why}", self.path.display()));
+    /// there already. The mountpoint is given back if it cannot be.
+    pub fn mount(self, options: &Options) -> Result<(Mount, OwnedFd), (MountError, Mountpoint)> {
+        match self.try_mount(options) {
+            Ok((device, by_helper)) => {
+                let seen = self.place.seen().ok();
+                let abort = seen.as_ref().and_then(|seen| abort_handle(seen.device));
+                let ours = device.try_clone().ok();
+                let mount = Mount { mountpoint: self, seen, abort, device: ours, by_helper };
+                Ok((mount, device))
+            }
+            Err(why) => Err((MountError(format!("{}: {why}", self.place.path.display())), self)),
+        }
+    }
+
+    fn try_mount(&self, options: &Options) -> Result<(OwnedFd, bool), String> {
         let is_root = sys::effective_ids().0 == 0;
-        let by_root = is_root.then(|| mount_as_root(&self.path, options)).transpose();
+        let by_root = is_root.then(|| mount_as_root(&self.place, options)).transpose();
+        let path = &self.place.path;
         let (device, by_helper) = match by_root {
             Ok(Some(device)) => (device, false),
             // root of a user namespace, say: the helper may be allowed what we are not.
-            Ok(None) => (mount_by_helper(&self.path, options).map_err(|e| fail(&e))?, true),
+            Ok(None) => (mount_by_helper(path, options)?, true),
             Err(e) if e.errno == Some(libc::EPERM) => {
-                let device = mount_by_helper(&self.path, options)
-                    .map_err(|helper| fail(&format!("{} ({helper})", e.text)))?;
+                let device = mount_by_helper(path, options)
+                    .map_err(|helper| format!("{} ({helper})", e.text))?;
                 (device, true)
             }
-            Err(e) => return Err(fail(&e.text)),
+            Err(e) => return Err(e.text),
         };
-        let id = mountinfo_entry(&self.path).ok().flatten().map(|entry| entry.id);
-        let mount = Mount { mountpoint: self, id, by_helper };
-        sys::set_nonblocking(&device).map_err(|e| MountError(format!("/dev/fuse: {e}")))?;
-        Ok((mount, device))
+        sys::set_nonblocking(&device).map_err(|e| format!("/dev/fuse: {e}"))?;
+        Ok((device, by_helper))
     }
+}
+
+fn create(path: &Path) -> io::Result<(File, Metadata)> {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create_new(true).mode(0o600).open(path)?;
+    if let Err(e) = sys::share_byte(&file, CREATED_LOCK) {
+        log::debug!("{}: {e}", path.display());
+    }
+    let metadata = file.metadata()?;
+    Ok((file, metadata))
 }
 
 impl Drop for Mountpoint {
     /// Removes the file if it was created here, and is still that empty file.
     fn drop(&mut self) {
-        let Some(created) = self.created else { return };
-        let same = fs::symlink_metadata(&self.path)
-            .is_ok_and(|m| m.is_file() && m.len() == 0 && (m.dev(), m.ino()) == created);
-        if same && let Err(e) = fs::remove_file(&self.path) {
-            log::warn!("{}: cannot be removed: {e}", self.path.display());
+        let Some(created) = &self.created else { return };
+        let ours = created.metadata().map(|m| (m.dev(), m.ino()));
+        let is_ours = |seen: Seen| {
+            seen.is_file
+                && seen.len == 0
+                && ours.is_ok_and(|ours| ours == (seen.device, seen.inode))
+        };
+        if !self.place.seen().is_ok_and(is_ours) {
+            return;
         }
+        match rustix::fs::unlinkat(&self.place.folder, &self.place.name, AtFlags::empty()) {
+            // Somebody has mounted on it meanwhile, and removes it in turn.
+            Ok(()) | Err(Errno::BUSY) => {}
+            Err(e) => log::warn!("{}: cannot be removed: {e}", self.path().display()),
+        }
+    }
+}
+
+/// A name in a folder. The folder is held open, so that the place is the same wherever the folder is moved to.
+#[derive(Debug)]
+struct Place {
+    folder: OwnedFd,
+    name: OsString,
+    /// Where it was to begin with, without links.
+    path: PathBuf,
+}
+
+/// What is at a [`Place`], looked at without asking whoever serves it.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    device: u64,
+    inode: u64,
+    is_file: bool,
+    len: u64,
+    /// The kernel's number of the mount that it is of, ...
+    mount: u64,
+    /// ... which is never given out again (Linux 6.8).
+    is_unique: bool,
+}
+
+impl Place {
+    fn of(path: &Path) -> io::Result<Place> {
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = rustix::fs::open(folder, flags, Mode::empty())?;
+        Ok(Place { folder, name, path: path.to_owned() })
+    }
+
+    /// A path for system calls that take no folder: valid wherever the folder is now, in this process only.
+    fn path_by_folder(&self) -> PathBuf {
+        Path::new(&format!("/proc/self/fd/{}", self.folder.as_raw_fd())).join(&self.name)
+    }
+
+    /// Where it is now, for other programs.
+    fn path_now(&self) -> PathBuf {
+        let folder = fs::read_link(format!("/proc/self/fd/{}", self.folder.as_raw_fd()));
+        folder.map_or_else(|_| self.path.clone(), |folder| folder.join(&self.name))
+    }
+
+    fn seen(&self) -> io::Result<Seen> {
+        // include/uapi/linux/stat.h; kernels that do not know it tell the other number.
+        const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+        let mask = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::SIZE;
+        let mask = mask | StatxFlags::from_bits_retain(STATX_MNT_ID_UNIQUE);
+        let seen = rustix::fs::statx(&self.folder, &self.name, flags, mask)?;
+        Ok(Seen {
+            device: rustix::fs::makedev(seen.stx_dev_major, seen.stx_dev_minor),
+            inode: seen.stx_ino,
+            is_file: u32::from(seen.stx_mode) & libc::S_IFMT == libc::S_IFREG,
+            len: seen.stx_size,
+            mount: seen.stx_mnt_id,
+            is_unique: seen.stx_mask & STATX_MNT_ID_UNIQUE != 0,
+        })
+    }
+
+    /// The very file, which cannot become a link to another meanwhile.
+    fn open(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.folder, &self.name, flags, Mode::empty())?;
+        let mode = rustix::fs::fstat(&file)?.st_mode;
+        match mode & libc::S_IFMT {
+            libc::S_IFREG => Ok(file),
+            _ => Err(io::Error::other("it is no regular file any more")),
+        }
+    }
+
+    /// The file, if one is there that others have created as a mountpoint and are about to remove. From here on this
+    /// process is one of them.
+    fn created_by_others(&self) -> Option<File> {
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let file = rustix::fs::openat(&self.folder, &self.name, flags, Mode::empty()).ok()?;
+        let file = File::from(file);
+        let theirs = sys::byte_is_locked(&file, CREATED_LOCK);
+        (theirs && sys::share_byte(&file, CREATED_LOCK).is_ok()).then_some(file)
     }
 }
 
@@ -162,16 +294,20 @@ impl Drop for Mountpoint {
 #[derive(Debug)]
 pub struct Mount {
     mountpoint: Mountpoint,
-    /// The kernel's number for it, by which it is told from a later mount in the same place. Empty if it could
-    /// not be found out.
-    id: Option<u64>,
+    /// What it was told from others by, a later mount in the same place for example. Empty if it could not be found
+    /// out.
+    seen: Option<Seen>,
+    /// Ends the connection: of this mount only, since the kernel forgets with the connection what the open file means.
+    abort: Option<OwnedFd>,
+    /// The connection's.
+    device: Option<OwnedFd>,
     by_helper: bool,
 }
 
 /// How far an unmount got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unmounted {
-    /// It is gone.
+    /// It is gone from here.
     Gone,
     /// Somebody has the file open.
     Busy,
@@ -180,7 +316,7 @@ pub enum Unmounted {
 impl Mount {
     /// Where it is.
     pub fn path(&self) -> &Path {
-        &self.mountpoint.path
+        self.mountpoint.path()
     }
 
     /// Unmounts if nobody uses the file. Not to be called by a thread that serves requests.
@@ -189,13 +325,13 @@ impl Mount {
             return Ok(Unmounted::Gone);
         }
         if self.by_helper {
-            return match helper_unmount(self.path(), false) {
+            return match helper_unmount(&self.mountpoint.place.path_now(), false) {
                 Ok(()) => Ok(Unmounted::Gone),
                 Err(e) if e.contains("busy") => Ok(Unmounted::Busy),
                 Err(e) => Err(io::Error::other(e)),
             };
         }
-        match sys::umount(self.path(), 0) {
+        match sys::umount(&self.mountpoint.place.path_by_folder(), 0) {
             Ok(()) => Ok(Unmounted::Gone),
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(Unmounted::Busy),
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(Unmounted::Gone),
@@ -203,30 +339,44 @@ impl Mount {
         }
     }
 
-    /// Ends the connection where that is possible (only root may), and takes the file out of sight, used or
-    /// not. Requests in flight and all later ones fail.
+    /// Ends the connection where that is possible, and takes the file out of sight, used or not. Requests in flight and
+    /// all later ones fail. Also where the mount is in other namespaces only.
     pub fn force_unmount(&self) -> io::Result<()> {
+        let aborted = self.abort.as_ref().is_some_and(|abort| sys::write(abort, b"1").is_ok());
         if !self.is_there() {
             return Ok(());
         }
+        let place = &self.mountpoint.place;
         if self.by_helper {
-            return helper_unmount(self.path(), true).map_err(io::Error::other);
+            return helper_unmount(&place.path_now(), true).map_err(io::Error::other);
         }
+        let path = place.path_by_folder();
         // MNT_FORCE ends a FUSE connection, used or not, and then says EBUSY.
-        match sys::umount(self.path(), libc::MNT_FORCE) {
-            Ok(()) => Ok(()),
-            Err(_) => sys::umount(self.path(), libc::MNT_DETACH),
+        if !aborted && sys::umount(&path, libc::MNT_FORCE).is_ok() {
+            return Ok(());
+        }
+        sys::umount(&path, libc::MNT_DETACH)
+    }
+
+    /// Whether the mount is still in its place, in this namespace. If that cannot be found out, an unmount will.
+    pub fn is_there(&self) -> bool {
+        let is_missing =
+            |e: &io::Error| matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR));
+        match (self.mountpoint.place.seen(), &self.seen) {
+            (Err(e), _) => !is_missing(&e),
+            (Ok(_), None) => true,
+            (Ok(now), Some(then)) => {
+                let same = (now.device, now.mount) == (then.device, then.mount);
+                // Without unique numbers it may be a later mount that was given the same ones (before Linux 6.8).
+                same && (then.is_unique || self.is_dead_or_served_here())
+            }
         }
     }
 
-    /// Whether the mount is still in its place. If that cannot be found out, an unmount will.
-    fn is_there(&self) -> bool {
-        match (mountinfo_entry(self.path()), self.id) {
-            (Ok(Some(entry)), Some(id)) => entry.id == id,
-            (Ok(Some(entry)), None) => entry.fs_type == FS_TYPE,
-            (Ok(None), _) => false,
-            (Err(_), _) => true,
-        }
+    /// For kernels without unique numbers: a later mount is served by somebody else, who answers.
+    fn is_dead_or_served_here(&self) -> bool {
+        let serves = self.device.as_ref().is_some_and(|device| !sys::connection_ended(device));
+        serves || fs::metadata(self.mountpoint.place.path_by_folder()).is_err_and(|e| is_dead(&e))
     }
 }
 
@@ -238,12 +388,41 @@ impl Drop for Mount {
     }
 }
 
+/// The file of the fusectl file system by whose writing the connection of the superblock `device` ends. It belongs to
+/// the user who has mounted.
+fn abort_handle(device: u64) -> Option<OwnedFd> {
+    const FUSECTL_MAGIC: i64 = 0x6573_5543;
+    let name = format!("{}/abort", rustix::fs::minor(device));
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    // One that nobody sees, which only root may have: an open file keeps the other busy.
+    let unseen = || {
+        let context = mount::fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        mount::fsconfig_create(&context)?;
+        let attributes = MountAttrFlags::empty();
+        let root = mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+        rustix::fs::openat(&root, &name, flags, Mode::empty())
+    };
+    let seen = || {
+        let file = rustix::fs::open(
+            Path::new("/sys/fs/fuse/connections").join(&name),
+            flags,
+            Mode::empty(),
+        )?;
+        let magic = rustix::fs::fstatfs(&file)?.f_type;
+        if magic as i64 == FUSECTL_MAGIC { Ok(file) } else { Err(Errno::NOENT) }
+    };
+    unseen()
+        .or_else(|_| seen())
+        .inspect_err(|e| log::info!("the connection cannot be aborted: {e} (fusectl)"))
+        .ok()
+}
+
 struct Refused {
     errno: Option<i32>,
     text: String,
 }
 
-fn mount_as_root(path: &Path, options: &Options) -> Result<OwnedFd, Refused> {
+fn mount_as_root(place: &Place, options: &Options) -> Result<OwnedFd, Refused> {
     let device = sys::open_fuse_device().map_err(|e| {
         let cure = match e.raw_os_error() {
             Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
@@ -265,7 +444,11 @@ fn mount_as_root(path: &Path, options: &Options) -> Result<OwnedFd, Refused> {
         flags |= libc::MS_RDONLY;
     }
     let c = |text: &str| CString::new(text.replace('\0', "?")).expect("it has no zero byte");
-    sys::mount(&c(&options.source), path, &c(FS_TYPE), flags, &c(&data)).map_err(|e| Refused {
+    let mounted = place.open().and_then(|target| {
+        let target = PathBuf::from(format!("/proc/self/fd/{}", target.as_raw_fd()));
+        sys::mount(&c(&options.source), &target, &c(FS_TYPE), flags, &c(&data))
+    });
+    mounted.map_err(|e| Refused {
         errno: e.raw_os_error(),
         text: match e.raw_os_error() {
             Some(libc::EPERM) => "mount: permission denied: CAP_SYS_ADMIN is missing".into(),

@@ -41,6 +41,11 @@ impl OpenFiles {
         handle
     }
 
+    /// Whether any is open.
+    pub fn any_open(&self) -> bool {
+        !self.lock().told.is_empty()
+    }
+
     /// The file is closed for good.
     pub fn release(&self, handle: u64) {
         self.lock().told.remove(&handle);

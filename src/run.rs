@@ -5,12 +5,11 @@
 //! one that unmounts: the kernel holds an unmount until no request waits, so a thread that serves may not.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -28,7 +27,7 @@ use crate::info::{self, Listing, LocalInfo, RemoteInfo};
 use crate::mount::{self, Mount, Mountpoint, Unmounted};
 use crate::session::{self, Session};
 use crate::stats::{Stats, Transport};
-use crate::sys;
+use crate::{logging, sys};
 
 /// How long clients may go on after the first signal, before their file is taken away.
 const GRACE: Duration = Duration::from_secs(3);
@@ -39,6 +38,8 @@ const RETRY: Duration = Duration::from_millis(100);
 /// How long serving threads may take to end once the connection has ended, before the process ends
 /// without them.
 const LAST_REQUESTS: Duration = Duration::from_secs(5);
+/// A last flush that takes longer is reported.
+const LONG_FLUSH: Duration = Duration::from_secs(2);
 
 /// The program's failures; each has an exit status.
 #[derive(Debug)]
@@ -72,21 +73,37 @@ impl std::fmt::Display for Failure {
 
 /// Exports until the end, and gives the exit status: that of the command in `--run`, else 0.
 pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failure> {
-    // Before any thread is started, so that all of them leave these signals to the control thread.
-    let control = Control::new(config.run.is_some())
-        .map_err(|e| Failure::Serving(format!("signals: {e}")))?;
-    match &config.source {
+    // Before any thread is started, as what follows: they inherit it.
+    let became_io_flusher = sys::become_io_flusher().unwrap_or_else(|e| {
+        log::info!("clients in this memory cgroup can come to wait for memory for ever: {e}");
+        false
+    });
+    // So that all of them leave these signals to the control thread.
+    let mut control =
+        Control::new(became_io_flusher).map_err(|e| Failure::Serving(format!("signals: {e}")))?;
+    logging::write_from_a_thread().map_err(|e| Failure::Serving(format!("the log: {e}")))?;
+    let source = config.source.clone();
+    let stopped = |signal: sys::Signal| {
+        Failure::Source(format!(
+            "{source}: stopped by signal {} while it was opened",
+            signal.number
+        ))
+    };
+    match source.clone() {
         Source::Nbd(uri) => {
-            let backend = NbdBackend::connect(uri, &nbd_options(&config.remote));
-            serve(config, backend.map_err(|e| remote_failure(uri, &e))?, control, background)
+            let (to, options) = (uri.clone(), nbd_options(&config.remote));
+            let connect = move || NbdBackend::connect(&to, &options);
+            let backend = control.unless_signalled("connect", connect).map_err(stopped)?;
+            serve(config, backend.map_err(|e| remote_failure(&uri, &e))?, control, background)
         }
         Source::Path(path) => {
             let options = file::Options { read_only: config.read_only, direct: config.direct };
-            let backend = FileBackend::open(path, options);
+            let open = move || FileBackend::open(&path, options);
+            let backend = control.unless_signalled("open", open).map_err(stopped)?;
             serve(config, backend.map_err(local_failure)?, control, background)
         }
         Source::Memory(size) => {
-            let backend = FileBackend::memory(*size, config.read_only);
+            let backend = FileBackend::memory(size, config.read_only);
             serve(config, backend.map_err(local_failure)?, control, background)
         }
     }
@@ -199,13 +216,26 @@ fn serve<B: Backend>(
     mut control: Control,
     background: Option<Background>,
 ) -> Result<u8, Failure> {
-    let mut pidfile =
-        config.pidfile.as_deref().map(Pidfile::lock).transpose().map_err(Failure::Serving)?;
     check_page_size()?;
     let io_uring = allow_open_files(config)?;
     let (path, folder) = place(config)?;
+    let prepare = |path: PathBuf| move || Mountpoint::prepare(&path);
+    let mountpoint = control
+        .unless_signalled("mountpoint", prepare(path.clone()))
+        .map_err(|signal| Failure::Mount(format!("stopped by signal {}", signal.number)))?
+        .map_err(|e| Failure::Mount(e.to_string()))?;
+    let lock = config.pidfile.clone().map(|path| move || Pidfile::lock(&path));
+    let mut pidfile = match lock {
+        Some(lock) => Some(
+            control
+                .unless_signalled("pidfile", lock)
+                .map_err(|signal| Failure::Serving(format!("stopped by signal {}", signal.number)))?
+                .map_err(Failure::Serving)?,
+        ),
+        None => None,
+    };
     let read_only = config.read_only || backend.capabilities().read_only;
-    let (mount, device, allow_other) = mount(config, &path, read_only)?;
+    let (mount, device, allow_other) = mount(config, mountpoint, &path, read_only)?;
     let (uid, gid) = sys::effective_ids();
     let policy = Policy {
         writable: !read_only,
@@ -218,10 +248,25 @@ fn serve<B: Backend>(
     let export = Export::new(backend, policy, control.closed.clone())
         .map_err(|e| Failure::Source(format!("{}: {e}", config.source)))?;
     let export = Arc::new(export);
-    let stats = Stats::default();
+    let stats = Arc::new(Stats::default());
     let options = session::Options { io_uring, queue_depth: config.queue_depth };
-    let session = Session::start(device, &export, options, &stats, &control.poller)
-        .map_err(|e| Failure::Mount(format!("{}: {e}", mount.path().display())))?;
+    let start = {
+        let (export, stats, poller) = (export.clone(), stats.clone(), control.poller.clone());
+        move || Session::start(device, &export, options, &stats, &poller)
+    };
+    let started = match control.unless_signalled("start", start) {
+        Ok(started) => started,
+        Err(signal) => Err(format!("stopped by signal {}", signal.number)),
+    };
+    let session = match started {
+        Ok(session) => session,
+        Err(why) => {
+            let failure = Failure::Mount(format!("{}: {why}", mount.path().display()));
+            drop(mount);
+            // It may have been served for a moment.
+            return control.last_flush(config, &export).and(Err(failure));
+        }
+    };
     log::info!(
         "{} is at {}{}",
         config.source,
@@ -233,30 +278,40 @@ fn serve<B: Backend>(
     if announced.is_err() {
         control.stop_at_once();
     }
-    let ended = control.supervise(session, mount);
+    let ended = control.supervise(session, mount, &export);
+    if let Some(pidfile) = &pidfile {
+        pidfile.ending();
+    }
     for transport in [Transport::Uring, Transport::Legacy] {
         log::info!("served by {}", stats.line(transport));
     }
-    let result = announced.and_then(|()| verdict(config, &export, &ended)).map(|()| ended.status);
-    if ended.abandoned {
+    // What others have written meanwhile is flushed in every case.
+    let flushed = control.last_flush(config, &export);
+    let result = match (announced, flushed) {
+        (Err(failure), flushed) => {
+            if let Err(also) = flushed {
+                log::error!("{also}");
+            }
+            Err(failure)
+        }
+        (Ok(()), flushed) => flushed.and_then(|()| verdict(config, &export, &ended)),
+    };
+    let result = result.map(|()| ended.status);
+    if ended.abandoned || control.is_abandoned {
         // Threads still use the lane and the connection: leave without their destructors.
         drop((pidfile, folder));
         if let Err(failure) = &result {
-            daemon::say(&failure.to_string());
+            logging::say(&failure.to_string());
         }
+        logging::finish();
         sys::exit_now(i32::from(result.unwrap_or_else(|failure| failure.status())));
     }
     result
 }
 
-/// The last flush, and whether all is well.
+/// Whether all was well.
 fn verdict<B: Backend>(config: &Config, export: &Export<B>, ended: &Ended) -> Result<(), Failure> {
     let source = &config.source;
-    if let Err(e) = export.last_flush() {
-        return Err(Failure::Serving(format!(
-            "{source}: the last flush failed, so writes may be lost: {e}"
-        )));
-    }
     if export.flush_failed() {
         return Err(Failure::Serving(format!(
             "{source}: a flush failed while it was served, so writes may be lost"
@@ -268,12 +323,31 @@ fn verdict<B: Backend>(config: &Config, export: &Export<B>, ended: &Ended) -> Re
     Ok(())
 }
 
-fn mount(config: &Config, path: &Path, read_only: bool) -> Result<(Mount, OwnedFd, bool), Failure> {
-    let attempt = |allow_other| {
+/// How often a mount is tried if the mountpoint vanishes: each time a diskfuse before this one has removed it at its end.
+const MOUNT_ATTEMPTS: usize = 10;
+
+fn mount(
+    config: &Config,
+    mountpoint: Mountpoint,
+    path: &Path,
+    read_only: bool,
+) -> Result<(Mount, OwnedFd, bool), Failure> {
+    let mut mountpoint = Some(mountpoint);
+    let mut attempt = |allow_other| {
         let source = config.source.to_string();
         let options = mount::Options { source, read_only, allow_other };
-        let mounted = Mountpoint::prepare(path).and_then(|mountpoint| mountpoint.mount(&options));
-        mounted.map(|(mount, device)| (mount, device, allow_other))
+        for attempts_left in (0..MOUNT_ATTEMPTS).rev() {
+            let prepared = mountpoint.take().map_or_else(|| Mountpoint::prepare(path), Ok)?;
+            match prepared.mount(&options) {
+                Ok((mount, device)) => return Ok((mount, device, allow_other)),
+                Err((_, prepared)) if prepared.has_vanished() && attempts_left > 0 => {}
+                Err((why, prepared)) => {
+                    mountpoint = Some(prepared);
+                    return Err(why);
+                }
+            }
+        }
+        unreachable!("the last attempt returns")
     };
     match config.allow_other {
         When::Off => attempt(false),
@@ -302,43 +376,154 @@ struct Control {
     poller: Arc<Poller>,
     signals: OwnedFd,
     signals_before: sys::Signals,
+    /// Tells when something is mounted or unmounted here.
+    mounts: File,
+    /// The command of `--run` would inherit it.
+    became_io_flusher: bool,
     events: Events,
     /// The command of `--run`.
     command: Option<Child>,
     stop: Option<Stop>,
     /// The file was taken away: the export answers nobody any more.
     closed: Arc<AtomicBool>,
+    /// A thread was left at work that does not come to an end.
+    is_abandoned: bool,
 }
 
+/// The sources that are watched.
+const SIGNALS: usize = 0;
+const MOUNTS: usize = 1;
+
 impl Control {
-    fn new(watch_command: bool) -> io::Result<Control> {
-        let mut signals = vec![libc::SIGINT, libc::SIGTERM];
+    fn new(became_io_flusher: bool) -> io::Result<Control> {
+        let mut signals = vec![libc::SIGINT, libc::SIGTERM, libc::SIGCHLD];
         // Under nohup(1) it goes on when the terminal is gone; a descriptor reads even what is ignored.
         signals.extend((!sys::is_ignored(libc::SIGHUP)).then_some(libc::SIGHUP));
-        signals.extend(watch_command.then_some(libc::SIGCHLD));
         let (signals, signals_before) = sys::signal_fd(&signals)?;
+        let mounts = File::open("/proc/self/mountinfo")?;
         let poller = Arc::new(Poller::new()?);
-        // Deleted in `Drop`, before it is closed.
-        sys::watch(&poller, &signals, Event::readable(0))?;
+        // Deleted in `Drop`, before they are closed.
+        sys::watch(&poller, &signals, Event::readable(SIGNALS))?;
+        sys::watch(&poller, &mounts, Event::none(MOUNTS).with_priority())?;
         Ok(Control {
             poller,
             signals,
             signals_before,
+            mounts,
+            became_io_flusher,
             events: Events::new(),
             command: None,
             stop: None,
             closed: Arc::default(),
+            is_abandoned: false,
         })
     }
 
-    /// Waits for a signal, a notification or the time-out; the signal to stop, if there was one.
+    /// Waits for a signal, a notification, a change of the mounts or the time-out; the signal to stop, if there was one.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Option<sys::Signal>> {
         self.events.clear();
         self.poller.wait(&mut self.events, timeout)?;
         // polling watches once only.
-        self.poller.modify(&self.signals, Event::readable(0))?;
+        self.poller.modify(&self.signals, Event::readable(SIGNALS))?;
+        if self.events.iter().any(|event| event.key == MOUNTS) {
+            self.poller.modify(&self.mounts, Event::none(MOUNTS).with_priority())?;
+        }
         let signal = sys::next_signal(&self.signals)?;
         Ok(signal.filter(|signal| signal.number != libc::SIGCHLD))
+    }
+
+    /// Runs `work`, which may block for long, on a thread of its own, and gives it up for a signal.
+    fn unless_signalled<T: Send + 'static>(
+        &mut self,
+        name: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, sys::Signal> {
+        let (sender, receiver) = mpsc::channel();
+        let poller = self.poller.clone();
+        let work = move || {
+            // Nobody listens any more after a signal.
+            let _ = sender.send(work());
+            let _ = poller.notify();
+        };
+        let thread = std::thread::Builder::new().name(name.into()).spawn(work);
+        // What it lacks, a thread that serves would lack as well.
+        let thread = thread.unwrap_or_else(|e| panic!("a thread cannot be started: {e}"));
+        loop {
+            match receiver.try_recv() {
+                Ok(result) => {
+                    let _ = thread.join();
+                    return Ok(result);
+                }
+                Err(mpsc::TryRecvError::Empty) => {}
+                // It has panicked, and said why.
+                Err(mpsc::TryRecvError::Disconnected) => {
+                    std::panic::resume_unwind(thread.join().expect_err("it has sent nothing"))
+                }
+            }
+            match self.wait(None) {
+                Ok(None) => {}
+                Ok(Some(signal)) => return Err(signal),
+                Err(e) => {
+                    log::error!("the control thread cannot wait: {e}");
+                    std::thread::sleep(RETRY);
+                }
+            }
+        }
+    }
+
+    /// Flushes what was written and disconnects from the source: when nobody is served any more. A signal after the one
+    /// that has ended the export gives it up.
+    fn last_flush<B: Backend>(
+        &mut self,
+        config: &Config,
+        export: &Arc<Export<B>>,
+    ) -> Result<(), Failure> {
+        let (sender, receiver) = mpsc::channel();
+        let (flushing, poller) = (export.clone(), self.poller.clone());
+        let work = move || {
+            let _ = sender.send(flushing.last_flush());
+            let _ = poller.notify();
+        };
+        let source = &config.source;
+        if let Err(e) = std::thread::Builder::new().name("flush".into()).spawn(work) {
+            return Err(Failure::Serving(format!("{source}: not flushed: no thread: {e}")));
+        }
+        let began = Instant::now();
+        let mut reported = false;
+        loop {
+            if let Ok(flushed) = receiver.try_recv() {
+                return flushed.map_err(|e| {
+                    Failure::Serving(format!(
+                        "{source}: the last flush failed, so writes may be lost: {e}"
+                    ))
+                });
+            }
+            if began.elapsed() >= LONG_FLUSH && !std::mem::replace(&mut reported, true) {
+                log::warn!("{source}: the last flush takes long (a second signal gives it up)");
+            }
+            let timeout = (!reported).then_some(LONG_FLUSH);
+            let signal = self.wait(timeout).unwrap_or_else(|e| {
+                log::error!("the control thread cannot wait: {e}");
+                std::thread::sleep(RETRY);
+                None
+            });
+            if signal.is_none() {
+                continue;
+            }
+            match &self.stop {
+                Some(stop) if stop.is_by_signal && stop.began.elapsed() < SAME_WISH => {}
+                Some(stop) if stop.is_by_signal => {
+                    self.is_abandoned = true;
+                    return Err(Failure::Serving(format!(
+                        "{source}: the last flush was given up for a signal, so writes may be lost"
+                    )));
+                }
+                _ => {
+                    log::warn!("{source}: flushing what was written (a second signal gives it up)");
+                    self.stop = Some(Stop::by_signal(&self.closed));
+                }
+            }
+        }
     }
 
     /// Tells whoever waits for it that the file can be used: the pidfile, the foreground process, the command
@@ -362,9 +547,12 @@ impl Control {
             background.ready().map_err(|e| Failure::Serving(format!("background: {e}")))?;
         }
         if let Some(command) = &config.run {
-            let mut shell = std::process::Command::new("/bin/sh");
+            let mut shell = Command::new("/bin/sh");
             shell.arg("-c").arg(command).env("DISKFUSE_FILE", path);
             sys::restore_signals(&mut shell, self.signals_before);
+            if self.became_io_flusher {
+                sys::end_io_flusher(&mut shell);
+            }
             let child =
                 shell.spawn().map_err(|e| Failure::Serving(format!("--run {command}: {e}")))?;
             self.command = Some(child);
@@ -372,37 +560,55 @@ impl Control {
         Ok(())
     }
 
-    /// Reads the first bytes as a client would, on another thread: a signal ends the wait.
+    /// Reads the first bytes as a client would, by another process: who waits for this one's answer must not hold
+    /// /dev/fuse, or neither would ever end. A signal ends the wait.
     fn check_io(&mut self, path: &Path) -> io::Result<()> {
-        let (sender, receiver) = mpsc::channel();
-        let (path, poller) = (path.to_owned(), self.poller.clone());
-        std::thread::Builder::new().name("check".into()).spawn(move || {
-            let mut first = [0; 4096];
-            let read = File::open(path).and_then(|file| file.read_at(&mut first, 0));
-            // Nobody listens any more after a signal.
-            let _ = sender.send(read.map(drop));
-            let _ = poller.notify();
-        })?;
+        let mut reader = Command::new("/proc/self/exe");
+        reader.arg0(daemon::READER).arg(path).stdin(Stdio::null()).stdout(Stdio::null());
+        let mut reader = reader.stderr(Stdio::piped()).spawn()?;
         loop {
-            if let Ok(result) = receiver.try_recv() {
-                return result;
+            if let Some(status) = reader.try_wait()? {
+                if status.success() {
+                    return Ok(());
+                }
+                let mut why = String::new();
+                if let Some(mut stderr) = reader.stderr.take() {
+                    // What it says is a help, not a need.
+                    let _ = stderr.read_to_string(&mut why);
+                }
+                return Err(match why.trim().parse() {
+                    Ok(errno) => io::Error::from_raw_os_error(errno),
+                    Err(_) => io::Error::other(format!("its reader: {status}")),
+                });
             }
             if let Some(signal) = self.wait(None)? {
+                // It ends with the connection at the latest.
+                let _ = reader.kill();
+                self.stop = Some(Stop::by_signal(&self.closed));
                 return Err(io::Error::other(format!("stopped by signal {}", signal.number)));
             }
         }
     }
 
     fn stop_at_once(&mut self) {
-        self.stop = Some(Stop { force_at: Instant::now(), ..Stop::now(&self.closed) });
+        let stop = self.stop.take().unwrap_or_else(|| Stop::now(&self.closed));
+        self.stop = Some(Stop { force_at: Instant::now(), ..stop });
     }
 
     /// Watches over a session until it has ended and its mount is gone, and the command of `--run` has
     /// ended too.
-    fn supervise(&mut self, mut session: Session, mount: Mount) -> Ended {
+    fn supervise<B: Backend>(
+        &mut self,
+        mut session: Session,
+        mount: Mount,
+        export: &Export<B>,
+    ) -> Ended {
         let mut failed = false;
         let mut status = 0;
         let mut mount = Some(mount);
+        let mut is_detached = false;
+        // When those that wait for the source are given up.
+        let mut last_requests: Option<Instant> = None;
         loop {
             if let Some(ended) = self.command_status() {
                 status = ended;
@@ -421,16 +627,33 @@ impl Control {
                     return Ended { failed, abandoned: false, status };
                 }
             }
-            if let (Some(stop), Some(mounted)) = (&mut self.stop, &mount) {
-                stop.go_on(mounted);
-                if stop.is_over() {
+            if let Some(mounted) = &mount {
+                if let Some(stop) = &mut self.stop {
+                    stop.go_on(mounted, export.is_open());
+                }
+                if session.connection_has_ended() || self.stop.as_ref().is_some_and(Stop::is_forced)
+                {
+                    last_requests.get_or_insert_with(|| Instant::now() + LAST_REQUESTS);
+                } else if !mounted.is_there() {
+                    if !std::mem::replace(&mut is_detached, true) {
+                        log::info!("{}: unmounted", mounted.path().display());
+                    }
+                    // Whoever has it open is served until the last close. Else only other mount namespaces have it, by a
+                    // copy that nobody asked for.
+                    if !export.is_open() {
+                        self.stop.get_or_insert_with(|| Stop::now(&self.closed)).force(mounted);
+                    }
+                }
+                let is_hurried = self.stop.as_ref().is_some_and(|stop| stop.is_hurried);
+                if last_requests.is_some_and(|at| is_hurried || Instant::now() >= at) {
                     let path = mounted.path().display();
                     log::warn!("{path}: requests in flight are abandoned");
                     drop(mount);
                     return Ended { failed, abandoned: true, status };
                 }
             }
-            let timeout = (self.stop.is_some() && mount.is_some()).then_some(RETRY);
+            let looks = self.stop.is_some() || is_detached || last_requests.is_some();
+            let timeout = (looks && mount.is_some()).then_some(RETRY);
             let signal = self.wait(timeout).unwrap_or_else(|e| {
                 log::error!("the control thread cannot wait: {e}");
                 std::thread::sleep(RETRY);
@@ -455,9 +678,12 @@ impl Control {
         }
         match (&mut self.stop, mount) {
             // A service manager, or timeout(1), signals a whole group: the same wish may come twice.
-            (Some(stop), _) if stop.began.elapsed() < SAME_WISH => {}
-            (Some(stop), Some(mount)) => stop.force(mount),
-            (stop, _) => _ = stop.get_or_insert_with(|| Stop::now(&self.closed)),
+            (Some(stop), _) if stop.is_by_signal && stop.began.elapsed() < SAME_WISH => {}
+            (Some(stop), Some(mount)) if stop.is_by_signal => stop.force(mount),
+            (stop, _) => {
+                let stop = stop.get_or_insert_with(|| Stop::now(&self.closed));
+                (stop.is_by_signal, stop.began) = (true, Instant::now());
+            }
         }
     }
 
@@ -481,7 +707,8 @@ impl Control {
 
 impl Drop for Control {
     fn drop(&mut self) {
-        if let Err(e) = self.poller.delete(&self.signals) {
+        let deleted = self.poller.delete(&self.signals);
+        if let Err(e) = deleted.and(self.poller.delete(&self.mounts)) {
             log::error!("signals: {e}");
         }
     }
@@ -491,8 +718,12 @@ impl Drop for Control {
 #[derive(Debug)]
 struct Stop {
     began: Instant,
+    /// The user has asked for it.
+    is_by_signal: bool,
     force_at: Instant,
-    forced_at: Option<Instant>,
+    is_forced: bool,
+    /// Asked for again: not even requests in flight are waited for.
+    is_hurried: bool,
     reported: bool,
     closed: Arc<AtomicBool>,
 }
@@ -502,15 +733,26 @@ impl Stop {
         let now = Instant::now();
         Stop {
             began: now,
+            is_by_signal: false,
             force_at: now + GRACE,
-            forced_at: None,
+            is_forced: false,
+            is_hurried: false,
             reported: false,
             closed: closed.clone(),
         }
     }
 
-    fn go_on(&mut self, mount: &Mount) {
-        if self.forced_at.is_some() {
+    fn by_signal(closed: &Arc<AtomicBool>) -> Stop {
+        Stop { is_by_signal: true, ..Stop::now(closed) }
+    }
+
+    fn is_forced(&self) -> bool {
+        self.is_forced
+    }
+
+    /// Tries again, on a file that somebody has open or not.
+    fn go_on(&mut self, mount: &Mount, is_open: bool) {
+        if self.is_forced {
             return;
         }
         if Instant::now() >= self.force_at {
@@ -518,9 +760,12 @@ impl Stop {
             return self.force(mount);
         }
         match mount.try_unmount() {
-            // The threads see the end of the connection by themselves.
-            Ok(Unmounted::Gone) => {}
-            Ok(Unmounted::Busy) => {
+            // The threads see the end of the connection by themselves, if it ends: it does not where another mount namespace
+            // has a copy, or somebody the file.
+            Ok(Unmounted::Gone) if !is_open => self.force(mount),
+            // It may be on its way.
+            Ok(Unmounted::Gone) if self.began.elapsed() < 3 * RETRY => {}
+            Ok(Unmounted::Gone | Unmounted::Busy) => {
                 if !std::mem::replace(&mut self.reported, true) {
                     log::warn!(
                         "{} is still in use: waiting {} s for it to be closed (a second signal ends it at once)",
@@ -537,19 +782,14 @@ impl Stop {
     }
 
     fn force(&mut self, mount: &Mount) {
-        if self.forced_at.replace(Instant::now()).is_some() {
-            // Asked again: do not wait for the requests in flight either.
-            self.forced_at = Instant::now().checked_sub(LAST_REQUESTS);
+        if std::mem::replace(&mut self.is_forced, true) {
+            self.is_hurried = true;
             return;
         }
         if let Err(e) = mount.force_unmount() {
             log::error!("{}: cannot be unmounted: {e}", mount.path().display());
         }
-        // For an ordinary user the connection goes on until the last close; its requests do not.
+        // Where the connection cannot be aborted it goes on until the last close; its requests do not.
         self.closed.store(true, Ordering::Release);
-    }
-
-    fn is_over(&self) -> bool {
-        self.forced_at.is_some_and(|at| at.elapsed() >= LAST_REQUESTS)
     }
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -54,12 +55,32 @@ pub struct Options {
     pub queue_depth: Option<usize>,
 }
 
+/// Whether the connection has ended, which its threads find out: they may still wait for a source that hangs.
+#[derive(Debug)]
+pub struct ConnectionEnd {
+    has_come: AtomicBool,
+    /// Whose waiter has to know.
+    poller: Arc<Poller>,
+}
+
+impl ConnectionEnd {
+    /// It has come.
+    pub fn note(&self) {
+        if !self.has_come.swap(true, Ordering::AcqRel)
+            && let Err(e) = self.poller.notify()
+        {
+            log::error!("the control thread cannot be woken: {e}");
+        }
+    }
+}
+
 /// The serving threads of a connection.
 pub struct Session {
     threads: Vec<JoinHandle<()>>,
     /// Threads whose end has not been taken note of.
     running: usize,
     ends: (mpsc::Sender<End>, mpsc::Receiver<End>),
+    connection_end: Arc<ConnectionEnd>,
 }
 
 /// A thread's name, and what became of it; an error without a reason is a panic, which has given its own.
@@ -84,7 +105,14 @@ impl Session {
     ) -> Result<Session, String> {
         let fuse = |e: io::Error| format!("/dev/fuse: {e}");
         let (request, offer) = read_init(&device).map_err(fuse)?;
-        let mut session = Session { threads: Vec::new(), running: 0, ends: mpsc::channel() };
+        let connection_end =
+            ConnectionEnd { has_come: AtomicBool::new(false), poller: ended.clone() };
+        let mut session = Session {
+            threads: Vec::new(),
+            running: 0,
+            ends: mpsc::channel(),
+            connection_end: Arc::new(connection_end),
+        };
         let devices = worker_devices(device);
         let rings = match options.io_uring {
             When::Off => None,
@@ -127,6 +155,7 @@ impl Session {
                 depth: worker_depth,
                 // With rings, only stragglers and what needs no answer come by /dev/fuse.
                 polls: !by_ring,
+                connection_end: session.connection_end.clone(),
             };
             session
                 .spawn(format!("fuse-{i}"), ended, move || worker.run())
@@ -169,6 +198,7 @@ impl Session {
                 requests,
                 export: export.clone(),
                 stats: stats.thread(Transport::Uring),
+                connection_end: self.connection_end.clone(),
             };
             let report = report.clone();
             self.spawn(format!("ring-{qid}"), ended, move || queue.run(report, receiver))
@@ -221,6 +251,11 @@ impl Session {
             }
         }
         failed
+    }
+
+    /// Whether the connection has ended: nobody is served any more.
+    pub fn connection_has_ended(&self) -> bool {
+        self.connection_end.has_come.load(Ordering::Acquire)
     }
 
     /// Whether all threads have ended, as far as [`Session::reap_failed`] has taken note; they are gone then.

@@ -203,17 +203,37 @@ pub fn direct_io_alignment(file: &File) -> Option<(u32, u32)> {
         .then_some((stat.stx_dio_mem_align, stat.stx_dio_offset_align))
 }
 
-/// Takes an open-file-description write lock on one byte, without waiting. `EAGAIN`: somebody has it.
-pub fn lock_byte(file: &File, offset: u64) -> io::Result<()> {
-    let lock = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
+/// An open-file-description lock of one byte.
+fn byte_lock(kind: libc::c_int, offset: u64) -> io::Result<libc::flock> {
+    Ok(libc::flock {
+        l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: signed(offset)?,
         l_len: 1,
         l_pid: 0,
-    };
+    })
+}
+
+/// Locks one byte for writing, without waiting. `EAGAIN`: somebody has it.
+pub fn lock_byte(file: &File, offset: u64) -> io::Result<()> {
+    let lock = byte_lock(libc::F_WRLCK, offset)?;
     // SAFETY: the command reads one struct flock.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }).map(drop)
+}
+
+/// Locks one byte together with others who do the same, without waiting.
+pub fn share_byte(file: &File, offset: u64) -> io::Result<()> {
+    let lock = byte_lock(libc::F_RDLCK, offset)?;
+    // SAFETY: the command reads one struct flock.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }).map(drop)
+}
+
+/// Whether somebody else has locked this byte, in either way.
+pub fn byte_is_locked(file: &File, offset: u64) -> bool {
+    let Ok(mut lock) = byte_lock(libc::F_WRLCK, offset) else { return false };
+    // SAFETY: the command reads and writes one struct flock.
+    let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    asked == 0 && libc::c_int::from(lock.l_type) != libc::F_UNLCK
 }
 
 /// Sets `O_NONBLOCK`.
@@ -397,6 +417,38 @@ pub fn restore_signals(command: &mut std::process::Command, before: Signals) {
     unsafe { command.pre_exec(restore) };
 }
 
+/// From linux/prctl.h (Linux 5.6); libc has none of them.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+const PR_GET_IO_FLUSHER: libc::c_int = 58;
+
+/// Tells the kernel that this thread, and all that it starts from now on, write out pages of other programs: while they
+/// allocate memory, or make pages dirty themselves, they are not to wait for those pages, which would wait for them
+/// (`PR_SET_IO_FLUSHER`). Whether that is new: it is inherited, also by a program that is executed. `EPERM` without
+/// CAP_SYS_RESOURCE, `EINVAL` before Linux 5.6.
+pub fn become_io_flusher() -> io::Result<bool> {
+    let none: libc::c_ulong = 0;
+    // SAFETY: no pointers.
+    let before = check(unsafe { libc::prctl(PR_GET_IO_FLUSHER, none, none, none, none) })?;
+    set_io_flusher(true)?;
+    Ok(before == 0)
+}
+
+fn set_io_flusher(on: bool) -> io::Result<()> {
+    let none: libc::c_ulong = 0;
+    // SAFETY: no pointers.
+    check(unsafe { libc::prctl(PR_SET_IO_FLUSHER, libc::c_ulong::from(on), none, none, none) })
+        .map(drop)
+}
+
+/// Has the child that `command` starts be no flusher ([`become_io_flusher`]): it is a program like any other.
+pub fn end_io_flusher(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    // It was allowed before. If it is not any more, the command runs all the same.
+    let end = || set_io_flusher(false).or(Ok(()));
+    // SAFETY: the closure only calls prctl, which is async-signal-safe.
+    unsafe { command.pre_exec(end) };
+}
+
 /// Whether this process was started with `signal` ignored, as nohup(1) does.
 pub fn is_ignored(signal: libc::c_int) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
@@ -433,12 +485,12 @@ pub fn allow_open_files(wanted: u64) -> io::Result<u64> {
 /// polling's rule.
 pub fn watch(
     poller: &polling::Poller,
-    source: &OwnedFd,
+    source: &impl AsRawFd,
     interest: polling::Event,
 ) -> io::Result<()> {
     // SAFETY: epoll copes with a source that is closed first: it forgets it. So not even a caller that breaks
     // the rule can do worse than lose events.
-    unsafe { poller.add(source, interest) }
+    unsafe { poller.add(source.as_raw_fd(), interest) }
 }
 
 /// A signal that has come.

@@ -15,23 +15,21 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use super::length::Length;
 use super::range_lock::RangeLock;
 use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
 use crate::info::LocalInfo;
 use crate::io::Io;
-use crate::sys;
+use crate::{locks, sys};
 
 /// Zeroes are written in pieces of this length, in bytes.
 const ZEROES_LEN: usize = 256 << 10;
 /// One byte far behind any data stands for "exported writable". Other programs' locks are elsewhere:
 /// qemu's tools lock bytes 100 to 299.
 const WRITER_LOCK: u64 = i64::MAX as u64 - 1;
-
-/// How long the lock is waited for.
-const KILLED_HOLDS_LOCK: Duration = Duration::from_secs(1);
+/// The byte that says that the export is about to end.
+const ENDING_LOCK: u64 = i64::MAX as u64 - 2;
 
 /// How to open a local source.
 #[derive(Clone, Copy, Debug, Default)]
@@ -99,11 +97,18 @@ impl FileBackend {
         })?;
         check_type(&metadata).map_err(|why| fail(&why))?;
 
+        // A device that is mounted, or part of an array or a volume group, is claimed exclusively: so are its partitions,
+        // whatever node they are opened by. (For a regular file the flag would mean nothing.)
+        let claim = if metadata.file_type().is_block_device() { libc::O_EXCL } else { 0 };
         let open = |write: bool, flags: libc::c_int| {
             OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
         };
         let mut read_only = options.read_only;
-        let mut opened = open(!read_only, 0);
+        // It may have been exported until a moment ago.
+        let mut opened = match read_only {
+            true => open(false, 0),
+            false => locks::when_free(|| open(true, claim), || false),
+        };
         if let Some(why) = why_not_writable(&opened)
             && !read_only
         {
@@ -115,10 +120,13 @@ impl FileBackend {
             io::ErrorKind::PermissionDenied => {
                 fail(&"permission denied: it must be readable by the user who exports it")
             }
+            io::ErrorKind::ResourceBusy => fail(
+                &"in use (mounted, a part of an array or a volume group, or already exported writable): end that, or use -r",
+            ),
             _ => fail(&e),
         })?;
         if !read_only {
-            lock(&file).map_err(|e| match e.raw_os_error() {
+            locks::take(&file, WRITER_LOCK, ENDING_LOCK).map_err(|e| match e.raw_os_error() {
                 Some(libc::EAGAIN | libc::EACCES) => {
                     fail(&"already exported writable; end that export, or use -r")
                 }
@@ -220,20 +228,6 @@ impl FileBackend {
                 size - 1
             )),
             Err(e) => Err(format!("the last of its {size} bytes cannot be read: {e}")),
-        }
-    }
-}
-
-/// Takes the writer's lock. A diskfuse that was killed a moment ago may still have it: the kernel ends I/O in
-/// flight, which holds the file, after the process.
-fn lock(file: &File) -> io::Result<()> {
-    let deadline = Instant::now() + KILLED_HOLDS_LOCK;
-    loop {
-        match sys::lock_byte(file, WRITER_LOCK) {
-            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) && Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            result => return result,
         }
     }
 }
@@ -347,8 +341,14 @@ impl Backend for FileBackend {
     }
 
     fn last_flush(&self) -> io::Result<()> {
-        // Nothing was written, and a sync may tell of what others have lost.
-        if self.capabilities.read_only { Ok(()) } else { self.file.sync_all() }
+        if self.capabilities.read_only {
+            // Nothing was written, and a sync may tell of what others have lost.
+            return Ok(());
+        }
+        if !self.is_memory {
+            locks::say_ending(&self.file, ENDING_LOCK);
+        }
+        self.file.sync_all()
     }
 }
 

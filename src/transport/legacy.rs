@@ -33,6 +33,7 @@ use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::abi::{InHeader, OutHeader, Plain, ReadWriteIn};
 use crate::io::Io;
+use crate::session::ConnectionEnd;
 use crate::stats::ThreadStats;
 use crate::sys;
 
@@ -65,6 +66,8 @@ pub struct Worker<B: Backend> {
     pub depth: usize,
     /// Poll before sleeping. Off where only stragglers come this way.
     pub polls: bool,
+    /// To be told.
+    pub connection_end: Arc<ConnectionEnd>,
 }
 
 /// One worker's descriptor and free memory.
@@ -92,6 +95,7 @@ impl<B: Backend> Worker<B> {
         let reading = async {
             let result =
                 channel.clone().read_requests(&server, &self.baton, poller, &self.stats).await;
+            self.connection_end.note();
             server.drain().await;
             result
         };

@@ -43,6 +43,7 @@ use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::abi::{InHeader, OutHeader, UringEntInOut, uring_header};
 use crate::io::Io;
+use crate::session::ConnectionEnd;
 use crate::stats::ThreadStats;
 
 /// Entries of a queue to begin with, where the backend only copies: it gets more when it runs dry, and few large buffers
@@ -74,6 +75,8 @@ pub struct Queue<B: Backend> {
     pub export: Arc<Export<B>>,
     /// Its counters.
     pub stats: Arc<ThreadStats>,
+    /// To be told.
+    pub connection_end: Arc<ConnectionEnd>,
 }
 
 /// Whom a queue's thread tells how far it has come. Also that it has panicked: the others are still there, so the
@@ -177,6 +180,7 @@ impl<B: Backend> Queue<B> {
             waits,
             doorbell,
             stats: self.stats,
+            connection_end: self.connection_end,
         }
         .run(handlers)
     }
@@ -241,6 +245,7 @@ struct Loop<B: Backend> {
     waits: bool,
     doorbell: Arc<Doorbell>,
     stats: Arc<ThreadStats>,
+    connection_end: Arc<ConnectionEnd>,
 }
 
 impl<B: Backend> Loop<B> {
@@ -324,15 +329,14 @@ impl<B: Backend> Loop<B> {
     fn reap(&mut self, pin: &mut Pin) -> io::Result<bool> {
         let (mut requests, mut small) = (0, false);
         let reaped = self.entries.reap(|completed| {
-            if let Ok(memory) = completed {
-                requests += 1;
-                if !self.waits {
-                    pin.request_of(memory.head_struct::<InHeader>(uring_header::IN_OUT).pid);
-                }
-                small |= !peers::is_large(&memory);
-                if self.peers.route(self.here, memory) {
-                    self.stats.handed_over.add(1);
-                }
+            let Ok(memory) = completed else { return self.connection_end.note() };
+            requests += 1;
+            if !self.waits {
+                pin.request_of(memory.head_struct::<InHeader>(uring_header::IN_OUT).pid);
+            }
+            small |= !peers::is_large(&memory);
+            if self.peers.route(self.here, memory) {
+                self.stats.handed_over.add(1);
             }
         });
         if reaped > 0 {

@@ -1,0 +1,51 @@
+//! Locks that a process holds for its life, and that the next one may wait for.
+//!
+//! `umount` returns before the process behind the mount has ended. In `umount d; diskfuse ... d` the second process finds
+//! the locks of the first still held, and has to tell one that is about to end from one that serves. So a process
+//! locks a second byte when its end begins ([`say_ending`]).
+
+use std::fs::File;
+use std::io;
+use std::time::{Duration, Instant};
+
+use crate::sys;
+
+/// How long a process may take to find out that it is unmounted, or the kernel to take a killed one's locks away: I/O in
+/// flight holds the file.
+const FINDS_OUT: Duration = Duration::from_secs(3);
+/// How long an end may take: the last flush has two minutes.
+const ENDS: Duration = Duration::from_secs(150);
+/// How often the lock is tried.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// Locks the byte at `in_use`. `EAGAIN` if another process goes on holding it.
+pub fn take(file: &File, in_use: u64, ending: u64) -> io::Result<()> {
+    when_free(|| sys::lock_byte(file, in_use), || sys::byte_is_locked(file, ending))
+}
+
+/// This process, which has taken the lock, is about to end.
+pub fn say_ending(file: &File, ending: u64) {
+    if let Err(e) = sys::lock_byte(file, ending) {
+        log::debug!("the end is not announced: {e}");
+    }
+}
+
+/// Tries until it is not in use any more (`EAGAIN`, `EBUSY`), for as long as an end takes at most.
+pub fn when_free<T>(
+    mut attempt: impl FnMut() -> io::Result<T>,
+    is_ending: impl Fn() -> bool,
+) -> io::Result<T> {
+    let began = Instant::now();
+    loop {
+        let result = attempt();
+        let in_use = result.as_ref().err().and_then(io::Error::raw_os_error);
+        if !matches!(in_use, Some(libc::EAGAIN | libc::EBUSY)) {
+            return result;
+        }
+        let limit = if is_ending() { ENDS } else { FINDS_OUT };
+        if began.elapsed() >= limit {
+            return result;
+        }
+        std::thread::sleep(RETRY);
+    }
+}

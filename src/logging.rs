@@ -1,0 +1,216 @@
+//! What is said to people: on stderr, or to syslog once the process is in the background.
+//!
+//! Nobody waits for a reader. A pipe that nobody drains, or a stuck /dev/log, blocks whoever writes to it, so as soon as
+//! there is something to serve one thread does all the writing ([`write_from_a_thread`]), and the others hand it
+//! their lines through a bounded queue; what finds it full is counted and not said.
+//!
+//! What happens for each request of a broken disk would fill a log, so a warning or an error from one place in the code is
+//! said the first time, and after that once a second at most, with how often it was left out.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, SyncSender, TrySendError};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
+
+use crate::sys;
+
+/// Lines that wait for the writing thread at most.
+const WAITING_LINES: usize = 1024;
+/// How long the end waits for the last lines to be written.
+const LAST_LINES: Duration = Duration::from_secs(1);
+/// One place in the code is heard no more often than this.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+static TO_SYSLOG: AtomicBool = AtomicBool::new(false);
+static WRITER: OnceLock<SyncSender<Line>> = OnceLock::new();
+/// Lines that found the queue full.
+static LOST: AtomicU64 = AtomicU64::new(0);
+static REPEATS: OnceLock<Mutex<Repeats>> = OnceLock::new();
+
+/// What the writing thread is given.
+enum Line {
+    Say(String),
+    /// Everything before has been written.
+    Written(SyncSender<()>),
+}
+
+/// From here on messages go to syslog.
+pub fn to_syslog() {
+    TO_SYSLOG.store(true, Ordering::Release);
+}
+
+/// Says something to whoever listens.
+pub fn say(message: &str) {
+    let Some(writer) = WRITER.get() else { return write(message) };
+    if let Err(TrySendError::Full(_)) = writer.try_send(Line::Say(message.to_owned())) {
+        LOST.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn write(message: &str) {
+    if TO_SYSLOG.load(Ordering::Acquire) {
+        sys::syslog(message);
+    } else {
+        // stderr may be closed; there is nobody else to tell.
+        let _ = writeln!(io::stderr(), "diskfuse: {message}");
+    }
+}
+
+/// Starts the thread that writes. Not before a fork, which takes no thread along.
+pub fn write_from_a_thread() -> io::Result<()> {
+    let (sender, lines) = mpsc::sync_channel(WAITING_LINES);
+    std::thread::Builder::new().name("log".into()).spawn(move || {
+        for line in lines {
+            match line {
+                Line::Say(message) => {
+                    write(&message);
+                    match LOST.swap(0, Ordering::Relaxed) {
+                        0 => {}
+                        lost => write(&format!("{lost} messages were lost: nobody read them")),
+                    }
+                }
+                Line::Written(done) => _ = done.try_send(()),
+            }
+        }
+    })?;
+    let _ = WRITER.set(sender);
+    Ok(())
+}
+
+/// Says what was left out so far, and waits until all has been written, or cannot be.
+pub fn finish() {
+    for left_out in repeats().all_left_out() {
+        say(&left_out);
+    }
+    let Some(writer) = WRITER.get() else { return };
+    let (done, written) = mpsc::sync_channel(1);
+    if writer.try_send(Line::Written(done)).is_ok() {
+        let _ = written.recv_timeout(LAST_LINES);
+    }
+}
+
+fn repeats() -> MutexGuard<'static, Repeats> {
+    let repeats = REPEATS.get_or_init(Mutex::default);
+    repeats.lock().expect("no code panics while it holds them")
+}
+
+/// Where in the code a message comes from.
+type Place = (&'static str, u32);
+
+/// What has been said lately, by place.
+#[derive(Default)]
+struct Repeats(HashMap<Place, Said>);
+
+struct Said {
+    at: Instant,
+    left_out: u64,
+    last: String,
+}
+
+impl Repeats {
+    /// The message as it is to be said `now`, if it is.
+    fn heard(&mut self, place: Place, message: String, now: Instant) -> Option<String> {
+        match self.0.get_mut(&place) {
+            Some(said) if now < said.at + INTERVAL => {
+                said.left_out += 1;
+                said.last = message;
+                None
+            }
+            Some(said) => {
+                said.at = now;
+                let left_out = std::mem::take(&mut said.left_out);
+                Some(with_count(message, left_out))
+            }
+            None => {
+                self.0.insert(place, Said { at: now, left_out: 0, last: String::new() });
+                Some(message)
+            }
+        }
+    }
+
+    /// For each place from which messages were left out, the last of them.
+    fn all_left_out(&mut self) -> Vec<String> {
+        let left_out = self.0.values_mut().filter(|said| said.left_out > 0);
+        left_out
+            .map(|said| {
+                let earlier = std::mem::take(&mut said.left_out) - 1;
+                with_count(std::mem::take(&mut said.last), earlier)
+            })
+            .collect()
+    }
+}
+
+fn with_count(message: String, left_out: u64) -> String {
+    match left_out {
+        0 => message,
+        n => format!("{message} (and {n} more like it before)"),
+    }
+}
+
+/// Warnings and errors are logged; RUST_LOG asks for more.
+pub fn start() {
+    /// Passes whole messages on.
+    struct LogWriter;
+
+    impl Write for LogWriter {
+        fn write(&mut self, message: &[u8]) -> io::Result<usize> {
+            say(String::from_utf8_lossy(message).trim_end());
+            Ok(message.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .format(|out, record| {
+            let message = record.args().to_string();
+            if record.level() > log::Level::Warn {
+                let level = record.level().as_str().to_lowercase();
+                return writeln!(out, "{} {level}: {message}", out.timestamp_micros());
+            }
+            let place = (record.file_static().unwrap_or(""), record.line().unwrap_or(0));
+            let heard = repeats().heard(place, message, Instant::now());
+            heard.map_or(Ok(()), |message| writeln!(out, "{message}"))
+        })
+        .target(env_logger::Target::Pipe(Box::new(LogWriter)))
+        .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_place_is_heard_once_a_second_with_a_count() {
+        let mut repeats = Repeats::default();
+        let start = Instant::now();
+        let mut said = Vec::new();
+        for n in 0..3000_u64 {
+            let now = start + Duration::from_millis(n);
+            said.extend(repeats.heard(("here", 1), format!("failure {n}"), now));
+        }
+        assert_eq!(
+            said,
+            [
+                "failure 0",
+                "failure 1000 (and 999 more like it before)",
+                "failure 2000 (and 999 more like it before)"
+            ]
+        );
+        assert_eq!(repeats.all_left_out(), ["failure 2999 (and 998 more like it before)"]);
+        assert!(repeats.all_left_out().is_empty());
+    }
+
+    #[test]
+    fn places_do_not_silence_each_other() {
+        let mut repeats = Repeats::default();
+        let now = Instant::now();
+        for line in 0..3 {
+            assert_eq!(repeats.heard(("here", line), "x".into(), now), Some("x".into()));
+        }
+    }
+}
