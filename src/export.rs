@@ -7,14 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use smol::lock::RwLock;
-
 use crate::backend::{Backend, Capabilities, Lane, Seek, Zero};
 use crate::errno::Errno;
 use crate::fuse::abi::{self, Attr, SetattrIn, StatfsOut, fattr};
 use crate::fuse::reply::Reply;
 use crate::fuse::request::Op;
-use crate::open_files::OpenFiles;
+use crate::open_files::{Flushes, OpenFiles};
 
 /// What a truncation does to a disk whose size is fixed.
 ///
@@ -56,8 +54,7 @@ pub struct Export<B> {
     /// a cache line which hardly ever changes.
     modified: AtomicBool,
     open_files: OpenFiles,
-    /// Read-locked by each flush and durable write, until `open_files` knows if it has failed.
-    flushes: RwLock<()>,
+    flushes: Flushes,
     closed: Arc<AtomicBool>,
     /// The log has been told that a truncation was refused, and of the cure.
     truncation_refused: AtomicBool,
@@ -115,7 +112,7 @@ impl<B: Backend> Export<B> {
             attributes: Mutex::new(attributes),
             modified: AtomicBool::new(false),
             open_files: OpenFiles::default(),
-            flushes: RwLock::new(()),
+            flushes: Flushes::default(),
             closed,
             truncation_refused: AtomicBool::new(false),
         })
@@ -155,7 +152,7 @@ impl<B: Backend> Export<B> {
                 Ok(Reply::Done)
             }
             Op::Destroy => Ok(Reply::Done),
-            Op::Unanswered => Ok(Reply::Unanswered),
+            Op::Unanswered | Op::Interrupt { .. } => Ok(Reply::Unanswered),
             _ if self.closed.load(Ordering::Relaxed) => Err(Errno::EIO),
             Op::Read { offset, size } => {
                 self.read(lane, offset, &mut payload[..size as usize]).await
@@ -163,7 +160,7 @@ impl<B: Backend> Export<B> {
             Op::Write { offset, size, durable } => {
                 self.write(lane, offset, &payload[..size as usize], durable).await
             }
-            Op::Getattr => self.attr().map(Reply::Attr),
+            Op::Getattr => self.attr(lane).await.map(Reply::Attr),
             Op::Setattr(change) => self.setattr(lane, change).await,
             Op::Open { flags } => self.open(lane, flags).await,
             Op::Flush { handle } => {
@@ -207,7 +204,7 @@ impl<B: Backend> Export<B> {
         if len == 0 && !data.is_empty() {
             return Err(Errno::ENOSPC);
         }
-        let _flush = if durable { Some(self.flushes.read().await) } else { None };
+        let _flush = durable.then(|| self.flushes.begin());
         let written = lane.write(offset, &data[..len], durable).await;
         self.note_modified();
         match written {
@@ -224,8 +221,8 @@ impl<B: Backend> Export<B> {
     }
 
     /// The source's size, which others may have changed; `stat` is where that is noticed.
-    fn size_now(&self) -> Result<u64, Errno> {
-        self.backend.stat()?;
+    async fn size_now(&self, lane: &B::Lane) -> Result<u64, Errno> {
+        lane.stat().await?;
         Ok(self.backend.size())
     }
 
@@ -246,11 +243,11 @@ impl<B: Backend> Export<B> {
     }
 
     async fn flush(&self, lane: &B::Lane) -> Result<(), Errno> {
-        let under_way = self.flushes.read().await;
+        let under_way = self.flushes.begin();
         let flushed = lane.flush().await.map_err(|e| self.flush_has_failed("flush", e));
         drop(under_way);
         // One that began earlier may have met, and used up, the report of what was written before this one.
-        drop(self.flushes.write().await);
+        self.flushes.told().await;
         flushed
     }
 
@@ -282,7 +279,7 @@ impl<B: Backend> Export<B> {
         self.check_writable()?;
         let end = offset.checked_add(len).filter(|&end| i64::try_from(end).is_ok());
         let end = end.ok_or(Errno::EFBIG)?;
-        let size = self.size_now()?;
+        let size = self.size_now(lane).await?;
         let grows = end > size && mode & KEEP_SIZE == 0;
         if grows && !self.policy.growable {
             return Err(Errno::ENOSPC);
@@ -338,9 +335,9 @@ impl<B: Backend> Export<B> {
         }
     }
 
-    fn attr(&self) -> Result<Attr, Errno> {
+    async fn attr(&self, lane: &B::Lane) -> Result<Attr, Errno> {
         // The source's size may have been changed by others; `stat` is where that is noticed.
-        let stat = self.backend.stat()?;
+        let stat = lane.stat().await?;
         let mut kept = self.attributes();
         if self.modified.swap(false, Ordering::AcqRel) {
             kept.mtime = now();
@@ -412,12 +409,12 @@ impl<B: Backend> Export<B> {
                 };
             }
         }
-        self.attr().map(Reply::Attr)
+        self.attr(lane).await.map(Reply::Attr)
     }
 
     /// Sets the length to `size` bytes, as far as that can be done.
     async fn truncate(&self, lane: &B::Lane, size: u64) -> Result<(), Errno> {
-        let now = self.size_now()?;
+        let now = self.size_now(lane).await?;
         if size == now {
             return Ok(());
         }
@@ -515,6 +512,7 @@ mod tests {
                 resizable: false,
                 preferred_io_bytes: 512,
                 waits: true,
+                may_be_given_up: true,
             }
         }
 
@@ -565,21 +563,26 @@ mod tests {
         async fn seek(&self, offset: u64, _: Seek) -> io::Result<u64> {
             Ok(offset)
         }
+
+        async fn stat(&self) -> io::Result<Stat> {
+            Ok(Stat::default())
+        }
     }
+
+    const POLICY: Policy = Policy {
+        writable: true,
+        growable: false,
+        truncate: Truncate::Refuse,
+        allow_other: false,
+        uid: 0,
+        gid: 0,
+    };
 
     /// An fsync that comes while `other` is being told of the loss, and finds none itself.
     fn fsync_beside(other: impl FnOnce(u64) -> Op) {
         let (tell, told) = bounded(1);
         let disk = Arc::new(Disk { flushes: AtomicUsize::new(0), told });
-        let policy = Policy {
-            writable: true,
-            growable: false,
-            truncate: Truncate::Refuse,
-            allow_other: false,
-            uid: 0,
-            gid: 0,
-        };
-        let export = Export::new(disk.clone(), policy, Arc::default()).unwrap();
+        let export = Export::new(disk.clone(), POLICY, Arc::default()).unwrap();
         block_on(async {
             let flags = libc::O_WRONLY as u32;
             let opened = export.handle(&disk, Op::Open { flags }, &mut []).await;
@@ -595,6 +598,23 @@ mod tests {
             fsync.unwrap_err();
         });
         assert!(export.flush_failed());
+    }
+
+    /// What hangs longer than it takes to tell of a loss holds up no other fsync.
+    #[test]
+    fn a_flush_that_hangs_does_not_hold_up_an_fsync() {
+        let (_tell, told) = bounded(1);
+        let disk = Arc::new(Disk { flushes: AtomicUsize::new(0), told });
+        let export = Export::new(disk.clone(), POLICY, Arc::default()).unwrap();
+        block_on(async {
+            let mut payload = [0; 512];
+            let write = Op::Write { offset: 0, size: 512, durable: true };
+            let mut hangs = pin!(export.handle(&disk, write, &mut payload));
+            assert!(poll_once(&mut hangs).await.is_none());
+            export.handle(&disk, Op::Fsync { handle: 1 }, &mut []).await.unwrap();
+            let mut payload = [0; 512];
+            export.handle(&disk, write, &mut payload).await.unwrap();
+        });
     }
 
     #[test]

@@ -39,6 +39,7 @@ pub mod errno;
 pub mod export;
 pub mod fuse;
 pub mod info;
+pub mod interrupts;
 pub mod io;
 pub mod locks;
 pub mod logging;

@@ -4,8 +4,12 @@
 //! descriptor which a forked child has inherited, and at whose result nobody looks. So every file that was open then is told at
 //! its next `fsync`, once each, as the kernel does for its own files (`errseq_t`, Documentation/core-api/errseq.rst).
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
+
+use event_listener::Event;
+use smol::{Timer, future};
 
 use crate::errno::Errno;
 
@@ -81,6 +85,78 @@ impl OpenFiles {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().expect("no code panics while it holds the list")
+    }
+}
+
+/// How long an fsync waits for others that may have met what was meant for it. What they have met they are just about to
+/// tell; one that takes longer hangs for another reason.
+const TELLING: Duration = Duration::from_secs(1);
+
+/// The flushes and durable writes under way.
+///
+/// One that began before an fsync may be the one that the source has told of a loss, and not be done with telling
+/// [`OpenFiles`] yet when the fsync comes to its end.
+#[derive(Debug, Default)]
+pub struct Flushes {
+    under_way: Mutex<UnderWay>,
+    ended: Event,
+}
+
+#[derive(Debug, Default)]
+struct UnderWay {
+    next: u64,
+    tickets: BTreeSet<u64>,
+}
+
+/// One flush or durable write, until `open_files` knows if it has failed.
+#[derive(Debug)]
+pub struct Flush<'a> {
+    all: &'a Flushes,
+    ticket: u64,
+}
+
+impl Flushes {
+    /// One begins.
+    pub fn begin(&self) -> Flush<'_> {
+        let mut under_way = self.lock();
+        let ticket = under_way.next;
+        under_way.next += 1;
+        under_way.tickets.insert(ticket);
+        Flush { all: self, ticket }
+    }
+
+    /// Waits until those that are under way now have told what they have met, for a second at most.
+    pub async fn told(&self) {
+        let next = self.lock().next;
+        let told = async {
+            while self.any_before(next) {
+                // Listen first and look again, or an end in between would be missed.
+                let ended = self.ended.listen();
+                if !self.any_before(next) {
+                    break;
+                }
+                ended.await;
+            }
+        };
+        let limit = async { _ = Timer::after(TELLING).await };
+        if self.any_before(next) {
+            future::or(told, limit).await;
+        }
+    }
+
+    fn any_before(&self, ticket: u64) -> bool {
+        self.lock().tickets.first().is_some_and(|&first| first < ticket)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, UnderWay> {
+        self.under_way.lock().expect("no code panics while it holds the list")
+    }
+}
+
+impl Drop for Flush<'_> {
+    fn drop(&mut self) {
+        self.all.lock().tickets.remove(&self.ticket);
+        self.all.ended.notify(usize::MAX);
     }
 }
 

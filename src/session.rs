@@ -14,6 +14,7 @@ use crate::backend::Backend;
 use crate::cli::When;
 use crate::export::Export;
 use crate::fuse::abi::{self, InHeader, InitIn, InitOut, OutHeader, Plain, init, opcode};
+use crate::interrupts::Interrupts;
 use crate::stats::{Stats, Transport};
 use crate::sys;
 use crate::transport::legacy::{Baton, Worker};
@@ -81,6 +82,7 @@ pub struct Session {
     running: usize,
     ends: (mpsc::Sender<End>, mpsc::Receiver<End>),
     connection_end: Arc<ConnectionEnd>,
+    interrupts: Interrupts,
 }
 
 /// A thread's name, and what became of it; an error without a reason is a panic, which has given its own.
@@ -112,6 +114,7 @@ impl Session {
             running: 0,
             ends: mpsc::channel(),
             connection_end: Arc::new(connection_end),
+            interrupts: Interrupts::default(),
         };
         let devices = worker_devices(device);
         let rings = match options.io_uring {
@@ -156,6 +159,7 @@ impl Session {
                 // With rings, only stragglers and what needs no answer come by /dev/fuse.
                 polls: !by_ring,
                 connection_end: session.connection_end.clone(),
+                interrupts: session.interrupts.clone(),
             };
             session
                 .spawn(format!("fuse-{i}"), ended, move || worker.run())
@@ -199,6 +203,7 @@ impl Session {
                 export: export.clone(),
                 stats: stats.thread(Transport::Uring),
                 connection_end: self.connection_end.clone(),
+                interrupts: self.interrupts.clone(),
             };
             let report = report.clone();
             self.spawn(format!("ring-{qid}"), ended, move || queue.run(report, receiver))

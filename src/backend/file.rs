@@ -61,12 +61,19 @@ enum Medium {
     Cached,
 }
 
+/// File systems that answer `stat` of an open file from memory, without asking anybody (linux/magic.h): ext4, XFS, Btrfs,
+/// tmpfs, F2FS, ramfs and devtmpfs. Others may be another host's, or another process's.
+const STAT_FROM_MEMORY: [i64; 6] =
+    [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0xf2f5_2010, 0x8584_58f6];
+
 /// A regular file, a block device or memory.
 #[derive(Debug)]
 pub struct FileBackend {
     file: Arc<File>,
     direct: Option<Direct>,
     medium: Medium,
+    /// Looking at it takes no time.
+    stat_from_memory: bool,
     is_device: bool,
     /// Nobody else can see it, and nothing of it lasts.
     is_memory: bool,
@@ -175,7 +182,8 @@ impl FileBackend {
         const TMPFS_MAGIC: i64 = 0x0102_1994;
         let metadata = file.metadata()?;
         let is_device = metadata.file_type().is_block_device();
-        let in_memory = !is_device && sys::file_system_magic(&file)? == TMPFS_MAGIC;
+        let file_system = sys::file_system_magic(&file)?;
+        let in_memory = !is_device && file_system == TMPFS_MAGIC;
         let size = if is_device { sys::block_device_size(&file)? } else { metadata.len() };
         let preferred = match &direct {
             Some(direct) => (metadata.blksize() as u32).max(direct.offset_align as u32),
@@ -184,6 +192,7 @@ impl FileBackend {
         Ok(FileBackend {
             file: Arc::new(file),
             medium: if in_memory { Medium::Memory } else { Medium::Cached },
+            stat_from_memory: STAT_FROM_MEMORY.contains(&file_system),
             is_device,
             is_memory: false,
             capabilities: Capabilities {
@@ -191,6 +200,7 @@ impl FileBackend {
                 resizable: !is_device && !read_only,
                 preferred_io_bytes: preferred,
                 waits: direct.is_some(),
+                may_be_given_up: false,
             },
             direct,
             length: Length::new(size),
@@ -564,12 +574,27 @@ impl Lane for FileLane {
         Ok(())
     }
 
+    async fn stat(&self) -> io::Result<Stat> {
+        if self.backend.stat_from_memory {
+            return self.backend.stat();
+        }
+        let backend = self.backend.clone();
+        self.io.blocking(move || backend.stat()).await
+    }
+
     async fn seek(&self, offset: u64, what: Seek) -> io::Result<u64> {
         let whence = match what {
             Seek::Data => libc::SEEK_DATA,
             Seek::Hole => libc::SEEK_HOLE,
         };
-        match sys::lseek(&self.backend.file, offset, whence) {
+        // It waits for whoever changes the file's blocks, and for those that tell of them.
+        let file = self.backend.file.clone();
+        let seek = move || sys::lseek(&file, offset, whence);
+        let found = match self.backend.medium {
+            Medium::Memory => seek(),
+            Medium::Cached => self.io.blocking(seek).await,
+        };
+        match found {
             // Devices, and file systems that keep no account of holes: everything is data.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(match what {
                 Seek::Data => offset,

@@ -33,6 +33,9 @@ pub struct Capabilities {
     pub preferred_io_bytes: u32,
     /// Requests wait for a device or another host, rather than being copies within this machine's memory.
     pub waits: bool,
+    /// They wait for another host, which may never answer. What a lane does may be dropped before its end, and the
+    /// buffer used again.
+    pub may_be_given_up: bool,
 }
 
 /// The time stamps and the allocation of a source, as `stat` shows them.
@@ -80,7 +83,7 @@ pub trait Backend: Send + Sync + 'static {
     /// The size in bytes, now.
     fn size(&self) -> u64;
 
-    /// Time stamps and allocation, now. Must not block for long: it runs on a serving thread.
+    /// Time stamps and allocation, now; it may block, see [`Lane::stat`].
     fn stat(&self) -> io::Result<Stat>;
 
     /// Makes everything acknowledged durable, blocking, and takes leave of the source; called once when all serving
@@ -90,8 +93,8 @@ pub trait Backend: Send + Sync + 'static {
 
 /// One thread's way to the bytes of a [`Backend`].
 ///
-/// A future that was polled must be polled to its end: I/O that the kernel has begun may still use
-/// the buffer.
+/// A future that was polled must be polled to its end, unless [`Capabilities::may_be_given_up`]: I/O that the
+/// kernel has begun may still use the buffer.
 #[allow(async_fn_in_trait)] // lanes stay on their thread, so no caller needs `Send` futures
 pub trait Lane: 'static {
     /// Fills `buf` from `offset`. Fewer bytes than asked mean that the source ends there.
@@ -116,6 +119,9 @@ pub trait Lane: 'static {
 
     /// Sets the size; `EOPNOTSUPP` where the source cannot.
     async fn resize(&self, size: u64) -> io::Result<()>;
+
+    /// Time stamps and allocation, now.
+    async fn stat(&self) -> io::Result<Stat>;
 
     /// The next data or hole at or after `offset` (below the size). `ENXIO`: no data follows.
     async fn seek(&self, offset: u64, what: Seek) -> io::Result<u64>;

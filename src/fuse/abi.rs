@@ -259,6 +259,14 @@ pub struct HandleIn {
     pub fh: u64,
 }
 
+/// `struct fuse_interrupt_in`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct InterruptIn {
+    pub unique: u64,
+}
+
 /// `struct fuse_read_in`; `struct fuse_write_in` differs in names that are not used here.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -374,7 +382,7 @@ impl UringCmdReq {
 
 plain! {
     InHeader: 40, OutHeader: 16, InitIn: 64, InitOut: 64, Attr: 88, AttrOut: 104, SetattrIn: 88,
-    OpenIn: 8, OpenOut: 16, HandleIn: 8, ReadWriteIn: 40, WriteOut: 8, StatfsOut: 80, FallocateIn: 32,
+    OpenIn: 8, OpenOut: 16, HandleIn: 8, InterruptIn: 8, ReadWriteIn: 40, WriteOut: 8, StatfsOut: 80, FallocateIn: 32,
     LseekIn: 24, LseekOut: 8, UringEntInOut: 32, UringCmdReq: 24,
 }
 

@@ -4,7 +4,8 @@
 //! put it, and [`Op::Write`] says only how much of it there is.
 
 use super::abi::{
-    self, FallocateIn, HandleIn, InHeader, LseekIn, OpenIn, Plain, ReadWriteIn, SetattrIn, opcode,
+    self, FallocateIn, HandleIn, InHeader, InterruptIn, LseekIn, OpenIn, Plain, ReadWriteIn,
+    SetattrIn, opcode,
 };
 use crate::errno::Errno;
 
@@ -71,8 +72,12 @@ pub enum Op {
     },
     /// The end of a mount that has a block device; there is nothing to do beyond answering.
     Destroy,
-    /// FORGET, BATCH_FORGET and INTERRUPT: the kernel waits for no answer. The one node is never
-    /// forgotten, and requests end by themselves.
+    /// The client of a request has had a signal; the kernel waits for no answer.
+    Interrupt {
+        /// The request's number
+        unique: u64,
+    },
+    /// FORGET and BATCH_FORGET: the kernel waits for no answer, and the one node is never forgotten.
     Unanswered,
 }
 
@@ -88,7 +93,11 @@ impl Op {
         };
         let handle = || need(size_of::<HandleIn>()).map(|()| HandleIn::read(args).fh);
         Ok(match header.opcode {
-            opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT => Op::Unanswered,
+            opcode::FORGET | opcode::BATCH_FORGET => Op::Unanswered,
+            opcode::INTERRUPT => {
+                need(size_of::<InterruptIn>())?;
+                Op::Interrupt { unique: InterruptIn::read(args).unique }
+            }
             _ if header.nodeid != abi::ROOT_ID && header.opcode != opcode::DESTROY => {
                 return Err(Errno::ENOENT);
             }

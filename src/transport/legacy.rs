@@ -32,6 +32,7 @@ use crate::backend::Backend;
 use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::abi::{InHeader, OutHeader, Plain, ReadWriteIn};
+use crate::interrupts::Interrupts;
 use crate::io::Io;
 use crate::session::ConnectionEnd;
 use crate::stats::ThreadStats;
@@ -68,6 +69,8 @@ pub struct Worker<B: Backend> {
     pub polls: bool,
     /// To be told.
     pub connection_end: Arc<ConnectionEnd>,
+    /// Those of all threads of the connection.
+    pub interrupts: Interrupts,
 }
 
 /// One worker's descriptor and free memory.
@@ -85,7 +88,8 @@ impl<B: Backend> Worker<B> {
         let executor = Rc::new(LocalExecutor::new());
         let io = Io::in_reactor(executor.clone());
         let lane = self.export.backend().lane(&io)?;
-        let server = Server::new(self.export, lane, executor.clone(), self.stats.clone());
+        let server =
+            Server::new(self.export, lane, executor.clone(), self.stats.clone(), self.interrupts);
         let channel = Rc::new(Channel {
             device: Async::new_nonblocking(self.device)?,
             free: RefCell::new(Memory::allocate(0, self.depth)?),

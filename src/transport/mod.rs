@@ -3,16 +3,20 @@
 //! Both hand [`slot::Slot`]s to a [`Server`], which is the same for both.
 
 use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use smol::{LocalExecutor, future};
+use smol::{LocalExecutor, Timer, future};
 
 use crate::backend::Backend;
+use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::reply::Reply;
 use crate::fuse::request::Op;
+use crate::interrupts::{self, Interrupts, Waiting};
 use crate::stats::ThreadStats;
 use slot::Slot;
 
@@ -31,6 +35,8 @@ pub struct Server<B: Backend> {
     lane: B::Lane,
     executor: Rc<LocalExecutor<'static>>,
     stats: Arc<ThreadStats>,
+    interrupts: Interrupts,
+    waiting: Waiting,
     in_flight: Cell<usize>,
     /// Who waits for `in_flight` to become zero.
     drained: RefCell<Option<Waker>>,
@@ -43,9 +49,29 @@ impl<B: Backend> Server<B> {
         lane: B::Lane,
         executor: Rc<LocalExecutor<'static>>,
         stats: Arc<ThreadStats>,
+        interrupts: Interrupts,
     ) -> Rc<Server<B>> {
-        let (in_flight, drained) = (Cell::new(0), RefCell::new(None));
-        Rc::new(Server { export, lane, executor, stats, in_flight, drained })
+        let interrupted = interrupts.listen();
+        let server = Rc::new(Server {
+            export,
+            lane,
+            executor,
+            stats,
+            interrupts,
+            waiting: Waiting::default(),
+            in_flight: Cell::new(0),
+            drained: RefCell::new(None),
+        });
+        // Weak, or the executor would hold the task, and the task the executor.
+        let listener = Rc::downgrade(&server);
+        let listen = async move {
+            while let Ok(unique) = interrupted.recv().await {
+                let Some(server) = listener.upgrade() else { return };
+                server.waiting.interrupt(unique);
+            }
+        };
+        server.executor.spawn(listen).detach();
+        server
     }
 
     /// Serves one request: answers it before it returns where that needs no waiting, else makes it a task
@@ -110,9 +136,16 @@ impl<B: Backend> Server<B> {
                     slot.gather_long_payload();
                 }
             }
+            Op::Interrupt { unique } => self.interrupts.interrupt(unique),
             _ => self.stats.others.add(1),
         }
-        match self.export.handle(&self.lane, op, slot.payload_mut()).await {
+        let (unique, client) = (slot.unique(), slot.client());
+        let handled = self.export.handle(&self.lane, op, slot.payload_mut());
+        let answer = match self.export.backend().capabilities().may_be_given_up {
+            true => self.unless_interrupted(op, unique, client, handled).await,
+            false => handled.await,
+        };
+        match answer {
             Ok(Reply::Unanswered) => slot.discard(),
             Ok(reply) => {
                 let len = reply.encode(slot.payload_mut());
@@ -124,5 +157,39 @@ impl<B: Backend> Server<B> {
                 slot.reply(Err(errno));
             }
         }
+    }
+
+    /// Gives `handled` up, which may be dropped, when its client is being ended.
+    async fn unless_interrupted(
+        &self,
+        op: Op,
+        unique: u64,
+        client: u32,
+        handled: impl Future<Output = Result<Reply, Errno>>,
+    ) -> Result<Reply, Errno> {
+        let mut handled = pin!(handled);
+        let mut place = None;
+        let interrupted = std::future::poll_fn(|cx| {
+            if let Poll::Ready(answer) = handled.as_mut().poll(cx) {
+                return Poll::Ready(Some(answer));
+            }
+            let is_new = place.is_none();
+            let place = place.get_or_insert_with(|| self.waiting.begin(unique, cx));
+            // The close in the exit of a client that was killed: nobody hears its answer, and it cannot be interrupted.
+            let is_deaf =
+                is_new && matches!(op, Op::Flush { .. }) && interrupts::was_killed(client);
+            if is_deaf || place.is_interrupted(cx) { Poll::Ready(None) } else { Poll::Pending }
+        });
+        if let Some(answer) = interrupted.await {
+            return answer;
+        }
+        let given_up = async {
+            while !interrupts::is_ending(client) && !interrupts::was_killed(client) {
+                Timer::after(interrupts::LOOK).await;
+            }
+            log::debug!("{op:?} of {client}: given up");
+            Err(Errno::EINTR)
+        };
+        future::or(handled, given_up).await
     }
 }

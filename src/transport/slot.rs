@@ -286,6 +286,16 @@ impl Slot {
         self.header.opcode
     }
 
+    /// The request's number.
+    pub fn unique(&self) -> u64 {
+        self.header.unique
+    }
+
+    /// The thread that has made it, or 0 if it is of another PID namespace.
+    pub fn client(&self) -> u32 {
+        self.header.pid
+    }
+
     /// The length of the request or of the data that it asks for, in bytes: how much is copied for it.
     pub fn request_len(&self) -> u32 {
         match self.op() {

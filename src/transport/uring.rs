@@ -42,6 +42,7 @@ use crate::backend::Backend;
 use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::abi::{InHeader, OutHeader, UringEntInOut, uring_header};
+use crate::interrupts::Interrupts;
 use crate::io::Io;
 use crate::session::ConnectionEnd;
 use crate::stats::ThreadStats;
@@ -77,6 +78,8 @@ pub struct Queue<B: Backend> {
     pub stats: Arc<ThreadStats>,
     /// To be told.
     pub connection_end: Arc<ConnectionEnd>,
+    /// Those of all threads of the connection.
+    pub interrupts: Interrupts,
 }
 
 /// Whom a queue's thread tells how far it has come. Also that it has panicked: the others are still there, so the
@@ -137,7 +140,8 @@ impl<B: Backend> Queue<B> {
                 return Ok(());
             }
         };
-        let server = Server::new(self.export, lane, executor.clone(), self.stats.clone());
+        let server =
+            Server::new(self.export, lane, executor.clone(), self.stats.clone(), self.interrupts);
         reporter.report(Progress::Ready);
         if proceed.recv().is_err() {
             return Ok(());

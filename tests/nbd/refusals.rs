@@ -102,7 +102,7 @@ const REFUSALS: &[Refusal] = &[
         name: "silent_server",
         make: |_| says(""),
         options: &["--connect-timeout=1"],
-        says: &["said nothing for 1 s"],
+        says: &["not answered", "within 1 s"],
         ..SOURCE
     },
     Refusal {

@@ -32,6 +32,7 @@ use smol::future::{or, yield_now};
 use smol::lock::Semaphore;
 use socket2::Socket;
 
+use super::abandoned::Abandoned;
 use super::dial::{Export, Opened};
 use super::inflight::{Ask, Cookie, Extent, MAX_IN_FLIGHT, Payload, Request, Sending, Table};
 use super::replies::Replies;
@@ -50,6 +51,8 @@ pub struct Connection {
     /// For readiness only: the bytes go through [`State::stream`].
     socket: Arc<Socket>,
     export: Export,
+    /// Those of the disk.
+    abandoned: Arc<Abandoned>,
     /// One permit for each free slot of the table; callers beyond that wait here.
     permits: Semaphore,
     /// The number of the [`Driver`] that runs the loops; zero for none.
@@ -113,13 +116,13 @@ impl State {
 }
 
 impl Connection {
-    /// Takes over an open export; `name` is what the log calls it.
-    pub fn new(name: String, opened: Opened) -> Arc<Connection> {
+    /// Takes over an open export of the disk with these `abandoned` writes; `name` is what the log calls it.
+    pub fn new(name: String, opened: Opened, abandoned: Arc<Abandoned>) -> Arc<Connection> {
         let Opened { stream, socket, export } = opened;
         let state = State {
             headers: export.headers,
             stream,
-            table: Table::new(),
+            table: Table::new(abandoned.clone()),
             requests: Requests::new(),
             replies: Replies::new(export.headers, export.base_allocation),
             drained: true,
@@ -130,6 +133,7 @@ impl Connection {
             name,
             socket,
             export,
+            abandoned,
             permits: Semaphore::new(MAX_IN_FLIGHT),
             driving: AtomicU64::new(0),
             seat: Event::new(),
@@ -140,6 +144,11 @@ impl Connection {
     /// What was agreed on with the server.
     pub fn export(&self) -> &Export {
         &self.export
+    }
+
+    /// The writes to its disk that nobody waits for any more.
+    pub fn abandoned(&self) -> &Arc<Abandoned> {
+        &self.abandoned
     }
 
     /// The system calls on its socket so far.
@@ -184,6 +193,10 @@ impl Connection {
     }
 
     async fn ask(&self, ask: Ask<'_>) -> io::Result<Vec<Extent>> {
+        if matches!(ask.command, Command::Write | Command::WriteZeroes) {
+            let range = ask.offset..ask.offset.saturating_add(ask.length);
+            self.abandoned.none_in(range).await;
+        }
         let permit = self.permits.acquire().await;
         Request::begin(self, permit, ask)?.await
     }

@@ -1,12 +1,13 @@
 //! From a URI to an open export: socket, TLS, haggling, and the older servers.
 //!
-//! All of it blocks, bounded by the connect time-out for each step; nothing of it runs while
+//! All of it blocks, bounded by the connect time-out for the whole of it: name resolution, each
+//! address, TLS and the handshake, however slowly the server's bytes come. Nothing of it runs while
 //! requests are served, except that a serving thread opens its own connection at its start.
 
 use std::io::{self, Read, Write};
-use std::net::ToSocketAddrs;
-use std::sync::Arc;
-use std::time::Duration;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use rustls::ClientConfig;
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
@@ -83,12 +84,53 @@ pub enum Haggled {
     Older(Older),
 }
 
+/// A blocking socket of which each call ends at the deadline.
+pub struct Timed {
+    socket: Socket,
+    deadline: Instant,
+}
+
+impl Timed {
+    /// Lets the next call take what is left.
+    fn socket(&mut self) -> io::Result<&mut Socket> {
+        let left = left_until(self.deadline)?;
+        self.socket.set_read_timeout(Some(left))?;
+        self.socket.set_write_timeout(Some(left))?;
+        Ok(&mut self.socket)
+    }
+}
+
+impl Read for Timed {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.socket()?.read(buf)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.socket()?.write(data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket.flush()
+    }
+}
+
+/// `TimedOut` if nothing is.
+fn left_until(deadline: Instant) -> io::Result<Duration> {
+    match deadline.saturating_duration_since(Instant::now()) {
+        left if left.is_zero() => Err(io::ErrorKind::TimedOut.into()),
+        // What a socket would round down to zero would be no limit at all.
+        left => Ok(left.max(Duration::from_millis(1))),
+    }
+}
+
 /// A blocking stream for the handshake.
 pub enum Handshake {
     /// nbd
-    Plain(Socket),
+    Plain(Timed),
     /// nbds
-    Tls(Box<rustls::StreamOwned<rustls::ClientConnection, Socket>>),
+    Tls(Box<rustls::StreamOwned<rustls::ClientConnection, Timed>>),
 }
 
 impl Read for Handshake {
@@ -134,9 +176,10 @@ impl Dialer {
 
     /// Opens a connection to the export, ready for transmission.
     pub fn open(&self) -> Result<Opened, Error> {
-        let (mut haggling, headers) = match self.haggle()? {
+        let deadline = Instant::now() + self.time_limit;
+        let (mut haggling, headers) = match self.haggle_until(deadline)? {
             Haggled::Options(haggling, headers) => (haggling, headers),
-            Haggled::Older(older) => return self.open_older(older),
+            Haggled::Older(older) => return self.open_older(older, deadline),
         };
         let base_allocation = match headers {
             Headers::Simple => None,
@@ -149,18 +192,23 @@ impl Dialer {
                 let export = agreed(reply, headers, base_allocation)?;
                 self.opened(haggling.into_stream(), export)
             }
-            None => self.open_older(Older::FixedNewstyle),
+            None => self.open_older(Older::FixedNewstyle, deadline),
         }
     }
 
-    /// As [`Dialer::open`], giving up on each step after `limit`.
+    /// As [`Dialer::open`], giving up after `limit`.
     pub fn open_further(&self, limit: Duration) -> Result<Opened, Error> {
         Dialer { time_limit: limit.min(self.time_limit), ..self.clone() }.open()
     }
 
     /// Connects and agrees on headers, inside TLS if the URI says so.
     pub fn haggle(&self) -> Result<Haggled, Error> {
-        let mut haggling = Haggling::new(Handshake::Plain(self.connect()?), self.time_limit);
+        self.haggle_until(Instant::now() + self.time_limit)
+    }
+
+    fn haggle_until(&self, deadline: Instant) -> Result<Haggled, Error> {
+        let socket = self.connect(deadline)?;
+        let mut haggling = Haggling::new(Handshake::Plain(socket), self.time_limit);
         if let Greeting::Older(older) = haggling.greet()? {
             return Ok(Haggled::Older(older));
         }
@@ -183,7 +231,7 @@ impl Dialer {
     /// Opens the export of a server without `NBD_OPT_GO`, through the crate `nbd`: EXPORT_NAME or
     /// the old style. It tells neither FUA nor WRITE_ZEROES nor several connections, so none of
     /// them is used.
-    fn open_older(&self, older: Older) -> Result<Opened, Error> {
+    fn open_older(&self, older: Older, deadline: Instant) -> Result<Opened, Error> {
         if self.tls.is_some() {
             return Err(Error::TlsRefused("it is too old".into()));
         }
@@ -192,7 +240,7 @@ impl Dialer {
             let name = self.uri.export.clone();
             return Err(Error::NoSuchExport { name, existing: vec![String::new()] });
         }
-        let mut socket = self.connect()?;
+        let mut socket = self.connect(deadline)?;
         let found = match older {
             Older::Newstyle => nbd::client::handshake(NoFlags::new(&mut socket), name),
             Older::FixedNewstyle | Older::Oldstyle => nbd::client::handshake(&mut socket, name),
@@ -201,7 +249,7 @@ impl Dialer {
             // Newstyle has no other way to say that it does not know the name.
             io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => Error::NoSuchExport {
                 name: self.uri.export.clone(),
-                existing: self.names().unwrap_or_default(),
+                existing: self.names(deadline).unwrap_or_default(),
             },
             io::ErrorKind::InvalidData => Error::Protocol(error.to_string()),
             _ => stream_error(error, self.time_limit),
@@ -219,8 +267,10 @@ impl Dialer {
         self.opened(Handshake::Plain(socket), export)
     }
 
-    fn names(&self) -> Option<Vec<String>> {
-        let Ok(Haggled::Options(mut haggling, _)) = self.haggle() else { return None };
+    fn names(&self, deadline: Instant) -> Option<Vec<String>> {
+        let Ok(Haggled::Options(mut haggling, _)) = self.haggle_until(deadline) else {
+            return None;
+        };
         let names = haggling.list().ok()?.into_iter().map(|(name, _)| name).collect();
         haggling.abort();
         Some(names)
@@ -239,10 +289,10 @@ impl Dialer {
             return Err(Error::Tail { size: export.size, minimum });
         }
         let (socket, session) = match stream {
-            Handshake::Plain(socket) => (socket, None),
+            Handshake::Plain(timed) => (timed.socket, None),
             Handshake::Tls(stream) => {
-                let (session, socket) = stream.into_parts();
-                (socket, Some(session))
+                let (session, timed) = stream.into_parts();
+                (timed.socket, Some(session))
             }
         };
         socket
@@ -258,56 +308,73 @@ impl Dialer {
         Ok(Opened { stream, socket, export })
     }
 
-    fn connect(&self) -> Result<Socket, Error> {
+    fn connect(&self, deadline: Instant) -> Result<Timed, Error> {
         let (to, socket) = match &self.uri.address {
             Address::Tcp { host, port } => {
-                (format!("{host}:{port}"), self.connect_tcp(host, *port))
+                (format!("{host}:{port}"), connect_tcp(host, *port, deadline))
             }
             Address::Unix(path) => (
                 path.display().to_string(),
                 SockAddr::unix(path)
-                    .and_then(|to| self.connect_to(&to, None))
+                    .and_then(|to| connect_to(&to, None, deadline))
                     .inspect(enlarge_send_buffer),
             ),
             Address::Vsock { cid, port } => {
                 let to = SockAddr::vsock(*cid, *port);
-                (format!("vsock {cid}:{port}"), self.connect_to(&to, None))
+                (format!("vsock {cid}:{port}"), connect_to(&to, None, deadline))
             }
         };
-        socket.map_err(|source| Error::Connect { to, source })
+        let socket = socket.map_err(|source| Error::Connect { to, source })?;
+        Ok(Timed { socket, deadline })
     }
+}
 
-    /// Tries every address of the host; the first error tells most, since the resolver sorts them.
-    fn connect_tcp(&self, host: &str, port: u16) -> io::Result<Socket> {
-        let mut first_error = None;
-        for address in (host, port).to_socket_addrs()? {
-            let connected = self.connect_to(&address.into(), Some(Protocol::TCP));
-            match connected.and_then(|socket| tune_tcp(&socket).map(|()| socket)) {
-                Ok(socket) => return Ok(socket),
-                Err(error) => drop(first_error.get_or_insert(error)),
-            }
+/// Tries every address of the host; the first error tells most, since the resolver sorts them. An
+/// address that does not answer leaves the others their share of the time.
+fn connect_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<Socket> {
+    let mut first_error = None;
+    let addresses = resolve(host, port, deadline)?;
+    for (tried, address) in addresses.iter().enumerate() {
+        let share = left_until(deadline)? / (addresses.len() - tried) as u32;
+        let until = Instant::now() + share;
+        let connected = connect_to(&(*address).into(), Some(Protocol::TCP), until);
+        match connected.and_then(|socket| tune_tcp(&socket).map(|()| socket)) {
+            Ok(socket) => return Ok(socket),
+            Err(error) => drop(first_error.get_or_insert(error)),
         }
-        Err(first_error.unwrap_or_else(|| io::Error::other("the host has no address")))
     }
+    Err(first_error.unwrap_or_else(|| io::Error::other("the host has no address")))
+}
 
-    fn connect_to(&self, to: &SockAddr, protocol: Option<Protocol>) -> io::Result<Socket> {
-        let socket = Socket::new(Domain::from(i32::from(to.family())), Type::STREAM, protocol)?;
-        socket.set_read_timeout(Some(self.time_limit))?;
-        socket.set_write_timeout(Some(self.time_limit))?;
-        socket.connect_timeout(to, self.time_limit)?;
-        Ok(socket)
-    }
+/// The resolver has time-outs of its own, so it is asked on a thread that may be left behind.
+fn resolve(host: &str, port: u16, deadline: Instant) -> io::Result<Vec<SocketAddr>> {
+    let (sender, answer) = mpsc::channel();
+    let host = host.to_owned();
+    std::thread::Builder::new().name("resolve".into()).spawn(move || {
+        let addresses = (host.as_str(), port).to_socket_addrs();
+        // Nobody listens any more after the deadline.
+        let _ = sender.send(addresses.map(Iterator::collect));
+    })?;
+    answer.recv_timeout(left_until(deadline)?).unwrap_or_else(|_| {
+        Err(io::Error::new(io::ErrorKind::TimedOut, "its name was not resolved in time"))
+    })
+}
+
+fn connect_to(to: &SockAddr, protocol: Option<Protocol>, deadline: Instant) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::from(i32::from(to.family())), Type::STREAM, protocol)?;
+    socket.connect_timeout(to, left_until(deadline)?)?;
+    Ok(socket)
 }
 
 /// Takes the client flags out of what the crate sends: it says "fixed newstyle" to every server,
 /// and one that did not say so itself may refuse that.
 struct NoFlags<'a> {
-    socket: &'a mut Socket,
+    socket: &'a mut Timed,
     flag_bytes: usize,
 }
 
 impl<'a> NoFlags<'a> {
-    fn new(socket: &'a mut Socket) -> NoFlags<'a> {
+    fn new(socket: &'a mut Timed) -> NoFlags<'a> {
         NoFlags { socket, flag_bytes: 4 }
     }
 }

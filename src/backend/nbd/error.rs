@@ -18,7 +18,7 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
-    /// The server accepted the connection, then said nothing for too long.
+    /// The server accepted the connection, then took too long over the handshake.
     Silent {
         /// How long was waited.
         after: Duration,
@@ -89,8 +89,8 @@ impl fmt::Display for Error {
             }
             Error::Silent { after } => write!(
                 f,
-                "the server said nothing for {} s: is this an NBD server, and has it room for one \
-                 more client?",
+                "the server has not answered, or not to the end, within {} s: is this an NBD server, \
+                 and has it room for one more client?",
                 after.as_secs_f32()
             ),
             Error::Broken(source) if source.kind() == io::ErrorKind::UnexpectedEof => f.write_str(

@@ -28,10 +28,12 @@ use std::io;
 use std::marker::PhantomData;
 use std::pin::Pin;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use smol::lock::SemaphoreGuard;
 
+use super::abandoned::{Abandoned, AbandonedWrite};
 use super::connection::Connection;
 use super::coverage::Coverage;
 use super::wire::{self, Command, Violation};
@@ -165,6 +167,8 @@ struct Entry {
     /// The first error.
     error: Option<i32>,
     waker: Option<Waker>,
+    /// Its caller has gone, and the server may still write.
+    abandoned: Option<AbandonedWrite>,
 }
 
 impl Entry {
@@ -198,12 +202,15 @@ pub struct Table {
     direct_reads: usize,
     /// Slots that became free since [`Table::take_freed`].
     freed: usize,
+    /// Those of the disk.
+    abandoned: Arc<Abandoned>,
 }
 
 impl Table {
-    /// An empty table.
-    pub fn new() -> Table {
+    /// An empty table of a connection to the disk with these `abandoned` writes.
+    pub fn new(abandoned: Arc<Abandoned>) -> Table {
         Table {
+            abandoned,
             slots: (0..MAX_IN_FLIGHT).map(|_| Slot { generation: 0, entry: None }).collect(),
             free: (0..MAX_IN_FLIGHT).rev().collect(),
             direct_reads: 0,
@@ -236,6 +243,7 @@ impl Table {
             extents: Vec::new(),
             error: None,
             waker: None,
+            abandoned: None,
         });
         self.direct_reads += usize::from(is_direct(slot.entry.as_ref().expect("just put there")));
         Cookie::new(index, slot.generation)
@@ -456,8 +464,13 @@ impl Table {
 
     /// The caller has its answer, or goes without: its buffer leaves the table.
     fn let_go(&mut self, cookie: Cookie) {
+        let abandoned = self.abandoned.clone();
         let entry = self.entry(cookie).expect("a request is let go once");
         entry.let_go = true;
+        if !entry.done && matches!(entry.command, Command::Write | Command::WriteZeroes) {
+            let range = entry.offset..entry.offset.saturating_add(entry.length);
+            entry.abandoned = Some(abandoned.add(range));
+        }
         entry.destination = None;
         entry.waker = None;
         // The server has had a part of it, or may already wait for it: the rest must follow.
@@ -561,7 +574,7 @@ pub mod tests {
 
     #[test]
     fn chunks_in_any_order_fill_the_buffer_and_holes_are_zeroed() {
-        let mut table = Table::new();
+        let mut table = Table::new(Default::default());
         let mut buf = [7; 10];
         let cookie = read(&mut table, 100, &mut buf);
         table.sent(cookie);
@@ -578,7 +591,7 @@ pub mod tests {
     #[test]
     fn missing_twofold_and_stray_bytes_fail_the_read_only() {
         for chunks in [&[(100, 9)][..], &[(100, 6), (105, 5)], &[(99, 10)], &[(101, 10)], &[]] {
-            let mut table = Table::new();
+            let mut table = Table::new(Default::default());
             let mut buf = [7; 10];
             let cookie = read(&mut table, 100, &mut buf);
             for &(offset, length) in chunks {
@@ -591,7 +604,7 @@ pub mod tests {
 
     #[test]
     fn more_bytes_than_were_asked_for_are_a_violation() {
-        let mut table = Table::new();
+        let mut table = Table::new(Default::default());
         let mut buf = [7; 10];
         let cookie = read(&mut table, 100, &mut buf);
         for (offset, length) in [(100, 11), (99, 11), (0, u64::MAX), (u64::MAX, u64::MAX)] {
@@ -604,7 +617,7 @@ pub mod tests {
 
     #[test]
     fn the_first_error_counts() {
-        let mut table = Table::new();
+        let mut table = Table::new(Default::default());
         let mut buf = [0; 4];
         let cookie = read(&mut table, 0, &mut buf);
         table.begin_data(cookie, 0, 2).unwrap();
@@ -616,7 +629,7 @@ pub mod tests {
 
     #[test]
     fn an_abandoned_read_keeps_its_slot_and_not_its_buffer() {
-        let mut table = Table::new();
+        let mut table = Table::new(Default::default());
         let mut buf = vec![0; 20 << 10];
         let cookie = read(&mut table, 0, &mut buf);
         assert!(table.awaits_direct_read());
@@ -634,7 +647,7 @@ pub mod tests {
 
     #[test]
     fn an_abandoned_write_is_sent_from_a_copy() {
-        let mut table = Table::new();
+        let mut table = Table::new(Default::default());
         let data = b"data".to_vec();
         let payload = Payload::Send(&data, Sending::Copied);
         let ask = Ask { command: Command::Write, flags: 0, offset: 0, length: 4, payload };
@@ -651,7 +664,7 @@ pub mod tests {
 
     #[test]
     fn cookies_are_not_used_twice() {
-        let mut table = Table::new();
+        let mut table = Table::new(Default::default());
         let mut buf = [0; 4];
         let first = read(&mut table, 0, &mut buf);
         table.sent(first);
@@ -667,7 +680,7 @@ pub mod tests {
 
     #[test]
     fn a_lost_connection_fails_everything_and_keeps_what_was_answered() {
-        let mut table = Table::new();
+        let mut table = Table::new(Default::default());
         let (mut a, mut b) = ([0; 4], [0; 4]);
         let answered = read(&mut table, 0, &mut a);
         table.begin_data(answered, 0, 4).unwrap();

@@ -1,5 +1,7 @@
 //! What a server tells about its exports, for `--list` and `--info`.
 
+use std::sync::Arc;
+
 use super::connection::Connection;
 use super::dial::{Dialer, Haggled};
 use super::error::Error;
@@ -146,7 +148,7 @@ fn complete(found: Option<ExportInfo>, dialer: &Dialer) -> Result<ExportInfo, Er
         Some(info) => match dialer.open() {
             Ok(opened) => {
                 let size = opened.export.size;
-                Connection::new(dialer.uri().to_string(), opened).disconnect();
+                Connection::new(dialer.uri().to_string(), opened, Arc::default()).disconnect();
                 Ok(ExportInfo { size, ..info })
             }
             Err(Error::SizeZero { .. }) => Ok(info),
@@ -165,7 +167,7 @@ fn older(dialer: &Dialer) -> Result<ExportInfo, Error> {
         block_sizes: None,
         description: None,
     };
-    Connection::new(dialer.uri().to_string(), opened).disconnect();
+    Connection::new(dialer.uri().to_string(), opened, Arc::default()).disconnect();
     let info = ExportInfo::new(&dialer.uri().export, reply, Vec::new(), false, export.headers);
     Ok(ExportInfo { older: true, ..info })
 }

@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use self::abandoned::Abandoned;
 use self::blocks::Blocks;
 use self::commands::Commands;
 use self::connection::{Connection, Driver};
@@ -39,6 +40,7 @@ pub use self::handshake::BlockSizes;
 pub use self::stream::SystemCalls;
 pub use self::uri::Uri;
 
+mod abandoned;
 mod blocks;
 mod commands;
 mod connection;
@@ -63,7 +65,7 @@ mod tests;
 /// write; a server that is gone is found out sooner, by the socket.
 const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(120);
 
-/// How long a further connection may take at each step: a server with no room for it may simply not
+/// How long a further connection may take: a server with no room for it may simply not
 /// answer, and the first connection has shown what is to be expected.
 const FURTHER_LIMIT: Duration = Duration::from_secs(2);
 
@@ -73,7 +75,7 @@ pub struct Options {
     /// The directory with `ca-cert.pem` and perhaps `client-cert.pem` and `client-key.pem`, unless
     /// the URI names one. Without either the system's roots count.
     pub tls_certificates: Option<PathBuf>,
-    /// For connecting, and for each answer of the handshake.
+    /// For connecting and the whole handshake.
     pub connect_timeout: Duration,
 }
 
@@ -93,6 +95,7 @@ pub struct NbdBackend {
     pool_complete: AtomicBool,
     /// Over all lanes: see [`blocks`].
     lock: Arc<RangeLock>,
+    abandoned: Arc<Abandoned>,
     unflushed: Unflushed,
 }
 
@@ -134,7 +137,7 @@ impl NbdBackend {
     /// Connects to the export, blocking; the connection becomes the first lane's.
     pub fn connect(uri: &Uri, options: &Options) -> Result<Arc<NbdBackend>, Error> {
         let dialer = Dialer::new(uri, options)?;
-        let connection = Connection::new(uri.to_string(), dialer.open()?);
+        let connection = Connection::new(uri.to_string(), dialer.open()?, Arc::default());
         Ok(NbdBackend::over(dialer, connection))
     }
 
@@ -146,6 +149,7 @@ impl NbdBackend {
             dialer,
             export,
             connected: (now.as_secs() as i64, now.subsec_nanos()),
+            abandoned: connection.abandoned().clone(),
             pool: Mutex::new(Pool { connections: vec![connection], lanes: 0 }),
             pool_complete: AtomicBool::new(!multi),
             lock: Arc::default(),
@@ -195,7 +199,8 @@ impl NbdBackend {
     fn open_another(&self) -> Option<Arc<Connection>> {
         let problem = match self.dialer.open_further(FURTHER_LIMIT) {
             Ok(opened) if opened.export.same_disk(&self.export) => {
-                return Some(Connection::new(self.dialer.uri().to_string(), opened));
+                let (name, abandoned) = (self.dialer.uri().to_string(), self.abandoned.clone());
+                return Some(Connection::new(name, opened, abandoned));
             }
             Ok(_) => "the export is another one there".into(),
             Err(error) => error.to_string(),
@@ -227,6 +232,7 @@ impl Backend for NbdBackend {
             resizable: false,
             preferred_io_bytes: self.export.block_sizes.preferred,
             waits: true,
+            may_be_given_up: true,
         }
     }
 
@@ -342,6 +348,10 @@ impl Lane for NbdLane {
 
     async fn resize(&self, _size: u64) -> io::Result<()> {
         unsupported()
+    }
+
+    async fn stat(&self) -> io::Result<Stat> {
+        self.backend.stat()
     }
 
     async fn seek(&self, offset: u64, what: Seek) -> io::Result<u64> {

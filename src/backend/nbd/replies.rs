@@ -335,7 +335,7 @@ mod tests {
         for case in 0..3000_u64 {
             let headers =
                 [Headers::Simple, Headers::Structured, Headers::Extended][case as usize % 3];
-            let mut table = Table::new();
+            let mut table = Table::new(Default::default());
             let mut bufs = vec![vec![0; 100]; 4];
             bufs.push(vec![0; 20_000]);
             let mut cookies: Vec<_> =

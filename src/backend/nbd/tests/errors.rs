@@ -52,8 +52,31 @@ fn somebody_else_listens_or_says_nothing() {
     let error = NbdBackend::connect(&uri, &options).err().unwrap();
     assert!(error.to_string().contains("no NBD server"), "{error}");
     let error = NbdBackend::connect(&uri, &options).err().unwrap();
-    assert!(error.to_string().contains("said nothing for 0.3 s"), "{error}");
+    assert!(
+        error.to_string().contains("has not answered, or not to the end, within 0.3 s"),
+        "{error}"
+    );
     greeter.join().unwrap();
+}
+
+/// Each byte comes in time, and there is no end of them.
+#[test]
+fn a_server_that_dribbles_is_given_up() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        let (mut client, _) = listener.accept().unwrap();
+        for byte in b"NBDMAGICIHAVEOPT\0\x03".iter().cycle() {
+            if client.write_all(&[*byte]).is_err() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+    let uri: Uri = format!("nbd://127.0.0.1:{port}/").parse().unwrap();
+    let options = Options { connect_timeout: Duration::from_millis(300), ..options() };
+    let error = NbdBackend::connect(&uri, &options).err().unwrap();
+    assert!(error.to_string().contains("within 0.3 s"), "{error}");
 }
 
 #[test]

@@ -144,7 +144,8 @@ pub fn connection(
         base_allocation: Some(CONTEXT),
     };
     let stream = Stream::plain(socket.clone());
-    let connection = Connection::new("peer".into(), Opened { stream, socket, export });
+    let connection =
+        Connection::new("peer".into(), Opened { stream, socket, export }, Arc::default());
     let peer = std::thread::spawn(move || script(Peer { socket: theirs, headers }));
     (connection, peer)
 }
