@@ -4,7 +4,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
@@ -37,6 +37,8 @@ pub struct Server<B: Backend> {
     stats: Arc<ThreadStats>,
     interrupts: Interrupts,
     waiting: Waiting,
+    /// See [`Capabilities`](crate::backend::Capabilities).
+    may_be_given_up: bool,
     in_flight: Cell<usize>,
     /// Who waits for `in_flight` to become zero.
     drained: RefCell<Option<Waker>>,
@@ -53,6 +55,7 @@ impl<B: Backend> Server<B> {
     ) -> Rc<Server<B>> {
         let interrupted = interrupts.listen();
         let server = Rc::new(Server {
+            may_be_given_up: export.backend().capabilities().may_be_given_up,
             export,
             lane,
             executor,
@@ -140,10 +143,13 @@ impl<B: Backend> Server<B> {
             _ => self.stats.others.add(1),
         }
         let (unique, client) = (slot.unique(), slot.client());
-        let handled = self.export.handle(&self.lane, op, slot.payload_mut());
-        let answer = match self.export.backend().capabilities().may_be_given_up {
-            true => self.unless_interrupted(op, unique, client, handled).await,
-            false => handled.await,
+        let answer = {
+            // Pinned here: a future that is passed on is copied.
+            let mut handled = pin!(self.export.handle(&self.lane, op, slot.payload_mut()));
+            match self.may_be_given_up {
+                true => self.unless_interrupted(op, unique, client, handled.as_mut()).await,
+                false => handled.await,
+            }
         };
         match answer {
             Ok(Reply::Unanswered) => slot.discard(),
@@ -165,9 +171,8 @@ impl<B: Backend> Server<B> {
         op: Op,
         unique: u64,
         client: u32,
-        handled: impl Future<Output = Result<Reply, Errno>>,
+        mut handled: Pin<&mut impl Future<Output = Result<Reply, Errno>>>,
     ) -> Result<Reply, Errno> {
-        let mut handled = pin!(handled);
         let mut place = None;
         let interrupted = std::future::poll_fn(|cx| {
             if let Poll::Ready(answer) = handled.as_mut().poll(cx) {

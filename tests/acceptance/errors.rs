@@ -5,34 +5,13 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use libc::{EIO, ENOSPC, EPERM};
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::common::export::Export;
 use crate::common::image::{LoopDevice, write_sparse};
 use crate::common::nbd::{Address, Server};
-use crate::common::sandbox::Sandbox;
+use crate::common::sandbox::Tight;
 use crate::common::suite::{Case, SIZE};
 use crate::common::{Aligned, Random, assert_errno, fail, noise, program, succeed};
-
-/// A tmpfs with little space, unmounted when dropped.
-struct Tight(Sandbox);
-
-impl Tight {
-    fn new(size: usize) -> Tight {
-        let folder = Sandbox::new();
-        let data = std::ffi::CString::new(format!("size={size}")).expect("no zero byte");
-        mount("none", folder.path(), "tmpfs", MountFlags::empty(), Some(data.as_c_str())).unwrap();
-        Tight(folder)
-    }
-}
-
-impl Drop for Tight {
-    fn drop(&mut self) {
-        if let Err(e) = unmount(self.0.path(), UnmountFlags::DETACH) {
-            eprintln!("{}: {e}", self.0.path().display());
-        }
-    }
-}
 
 fn export(case: &Case, source: &Path, options: &[&str]) -> Export {
     let mountpoint = case.sandbox.join("disk");
@@ -84,7 +63,7 @@ pub fn error_fails_only_the_requests_that_touch_it(case: &Case) {
 /// Writes to the loop device stay in the page cache; only the flush meets the full file system behind it.
 pub fn flush_reaches_the_disk_and_its_failure_the_exit_status(case: &Case) {
     let tight = Tight::new(512 << 10);
-    let store = tight.0.join("disk.img");
+    let store = tight.join("disk.img");
     write_sparse(&store, &vec![0; SIZE]);
     let device = LoopDevice::new(&store, &[]);
 
@@ -130,7 +109,7 @@ pub fn flush_reaches_the_disk_and_its_failure_the_exit_status(case: &Case) {
 /// An unaligned write under `--direct` is written out at once, and is told of any loss, which may be another's.
 pub fn write_that_is_lost_beside_others_is_told_by_fsync(case: &Case) {
     let tight = Tight::new(512 << 10);
-    let store = tight.0.join("disk.img");
+    let store = tight.join("disk.img");
     write_sparse(&store, &vec![0; SIZE]);
     let device = LoopDevice::new(&store, &[]);
     let mut export = export(case, Path::new(&device.0), &[]);
@@ -145,7 +124,7 @@ pub fn write_that_is_lost_beside_others_is_told_by_fsync(case: &Case) {
 
 pub fn full_file_system_says_so(case: &Case) {
     let tight = Tight::new(2 << 20);
-    let path = tight.0.join("disk.img");
+    let path = tight.join("disk.img");
     let mut bytes = noise(8, SIZE);
     bytes[1 << 20..].fill(0);
     write_sparse(&path, &bytes);

@@ -88,6 +88,12 @@ impl Ended {
         }
     }
 
+    /// What is told to everybody, whatever RUST_LOG says: warnings and failures.
+    pub fn warnings(&self) -> Vec<&str> {
+        let is_more = |line: &str| line.contains(" info: ") || line.contains(" debug: ");
+        self.log.lines().filter(|line| !is_more(line)).collect()
+    }
+
     /// Asserts the exit status and that each of `words` is in the message.
     #[track_caller]
     pub fn assert(&self, status: i32, words: &[&str]) {
@@ -134,15 +140,7 @@ impl Export {
         let mut command = Command::new(binary());
         command.args(options).arg(source).arg(given).env("RUST_LOG", "info");
         tune(&mut command);
-        let mut child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|e| panic!("{command:?}: {e}"));
-        let log = Arc::<Mutex<String>>::default();
-        let mut running =
-            Running { reader: Some(collect(&mut child, &log)), child: Some(child), log };
+        let mut running = Running::start(&mut command);
         let deadline = Instant::now() + SOON;
         let mount = loop {
             // Said once it serves. Till then it may be mounted, and yet be refused.
@@ -236,6 +234,14 @@ impl Export {
         ended
     }
 
+    /// Its end, which has to come by then. Otherwise as [`Export::wait`].
+    #[track_caller]
+    pub fn ended_within(&mut self, limit: Duration) -> Ended {
+        let has_ended = super::within(limit, || self.has_exited());
+        assert!(has_ended, "no end within {limit:?}: {}", self.log());
+        self.wait()
+    }
+
     /// Waits for the end, as it is after SIGKILL.
     #[track_caller]
     pub fn wait_whatever_is_left(&mut self) -> Ended {
@@ -277,13 +283,43 @@ impl Drop for Export {
 }
 
 /// A process that is not known to serve yet; killed when dropped.
-struct Running {
+pub struct Running {
     child: Option<Child>,
     log: Arc<Mutex<String>>,
     reader: Option<JoinHandle<()>>,
 }
 
 impl Running {
+    /// Starts a command whose standard error is the log.
+    pub fn start(command: &mut Command) -> Running {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        let log = Arc::<Mutex<String>>::default();
+        Running { reader: Some(collect(&mut child, &log)), child: Some(child), log }
+    }
+
+    pub fn kill(&self, signal: i32) {
+        let signal = Signal::from_named_raw(signal).expect("a signal");
+        let child = self.child.as_ref().expect("it runs");
+        kill_process(pid(child.id()), signal).expect("it has not been waited for");
+    }
+
+    /// Its end, which has to come by then.
+    #[track_caller]
+    pub fn ended_within(&mut self, limit: Duration) -> Ended {
+        let mut status = None;
+        let has_ended = super::within(limit, || {
+            status = self.try_wait();
+            status.is_some()
+        });
+        assert!(has_ended, "no end within {limit:?}: {}", self.log());
+        Ended { status: status.expect("it has ended"), log: self.whole_log() }
+    }
+
     fn try_wait(&mut self) -> Option<ExitStatus> {
         self.child.as_mut().and_then(|c| c.try_wait().expect("it is our child"))
     }

@@ -50,17 +50,38 @@ pub fn take_away(path: &Path) {
     }
 }
 
-/// Ends a FUSE connection whatever its state; only root can, others leave it as it is.
+/// Ends a FUSE connection whatever its state; false where that is not to be had.
 pub fn abort(connection: u64) -> bool {
+    let abort = |folder: &Path| std::fs::write(folder.join("abort"), "1").is_ok();
+    at_connection(connection, abort).unwrap_or(false)
+}
+
+/// How many requests of a connection wait for their answers.
+pub fn waiting(connection: u64) -> Option<u64> {
+    let text = |folder: &Path| std::fs::read_to_string(folder.join("waiting")).ok();
+    at_connection(connection, text)??.trim().parse().ok()
+}
+
+/// Whether the kernel has this connection still; `None` where that cannot be told.
+pub fn is_connected(connection: u64) -> Option<bool> {
+    at_connection(connection, Path::exists)
+}
+
+/// Does something in a connection's folder of the fusectl file system, which others than root need to find
+/// mounted.
+fn at_connection<T>(connection: u64, act: impl FnOnce(&Path) -> T) -> Option<T> {
+    const USUAL: &str = "/sys/fs/fuse/connections";
+    let name = connection.to_string();
     if !super::is_root() {
-        return false;
+        let is_there = !mounts_at(Path::new(USUAL)).is_empty();
+        return is_there.then(|| act(&Path::new(USUAL).join(name)));
     }
     let folder = Sandbox::new();
     rustix::mount::mount("none", folder.path(), "fusectl", MountFlags::empty(), None)
         .expect("fusectl can be mounted wherever FUSE is");
-    let written = std::fs::write(folder.join(&connection.to_string()).join("abort"), "1");
+    let done = act(&folder.join(&name));
     if let Err(e) = rustix::mount::unmount(folder.path(), UnmountFlags::DETACH) {
         eprintln!("{}: left mounted: {e}", folder.path().display());
     }
-    written.is_ok()
+    Some(done)
 }

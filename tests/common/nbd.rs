@@ -44,6 +44,16 @@ impl Address {
         }
     }
 
+    /// How many clients a server on a Unix socket has.
+    pub fn clients(path: &Path) -> usize {
+        const CONNECTED: &str = "03";
+        let path = path.to_str().expect("UTF-8");
+        let unix = std::fs::read_to_string("/proc/net/unix").expect("/proc is mounted");
+        let is_one =
+            |line: &&str| line.ends_with(path) && line.split_whitespace().nth(5) == Some(CONNECTED);
+        unix.lines().filter(is_one).count()
+    }
+
     /// Whether somebody listens there. Not tried by connecting: that would be a client more, and
     /// nbd-server may hang when one goes while the next one comes.
     fn is_served(&self) -> bool {
@@ -159,6 +169,23 @@ impl Server {
 
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Stops it until what is returned is dropped: it takes no notice of anything, and is still there.
+    pub fn pause(&self) -> Paused {
+        let pid = super::export::pid(self.pid);
+        kill_process(pid, Signal::STOP).expect("it runs");
+        Paused(pid)
+    }
+}
+
+/// A process that is stopped as long as this lives.
+pub struct Paused(pub rustix::process::Pid);
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        // It may have been killed.
+        let _ = kill_process(self.0, Signal::CONT);
     }
 }
 

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
 /// A folder that is removed with all that is in it.
 pub struct Sandbox(PathBuf);
 
@@ -48,6 +50,30 @@ impl Drop for Sandbox {
     fn drop(&mut self) {
         if let Err(e) = std::fs::remove_dir_all(&self.0) {
             eprintln!("{}: left behind: {e}", self.0.display());
+        }
+    }
+}
+
+/// A tmpfs with little space, unmounted when dropped.
+pub struct Tight(Sandbox);
+
+impl Tight {
+    pub fn new(size: usize) -> Tight {
+        let folder = Sandbox::new();
+        let data = std::ffi::CString::new(format!("size={size}")).expect("no zero byte");
+        mount("none", folder.path(), "tmpfs", MountFlags::empty(), Some(data.as_c_str())).unwrap();
+        Tight(folder)
+    }
+
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Tight {
+    fn drop(&mut self) {
+        if let Err(e) = unmount(self.0.path(), UnmountFlags::DETACH) {
+            eprintln!("{}: {e}", self.0.path().display());
         }
     }
 }

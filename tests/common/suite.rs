@@ -209,7 +209,8 @@ fn run_as_user(name: &str) -> Result<Completion, Failed> {
 }
 
 /// A command that runs its arguments as [`USER`], with mounts of its own, where /dev/fuse is open to all: so
-/// it is on most machines, but not in containers, and `fusermount3` opens it with the user's rights.
+/// it is on most machines, but not in containers, and `fusermount3` opens it with the user's rights. And where
+/// fusectl is mounted, as on most machines.
 pub fn as_user(sandbox: &Sandbox) -> Command {
     const SCRIPT: &str = r#"
         set -e
@@ -219,6 +220,7 @@ pub fn as_user(sandbox: &Sandbox) -> Command {
         mount --bind "$1/dev/fuse" /dev/fuse
         umount -l "$1/dev"
         rmdir "$1/dev"
+        mount -t fusectl none /sys/fs/fuse/connections
         shift
         exec setpriv --reuid "$1" --regid "$1" --clear-groups -- "${@:2}"
     "#;

@@ -166,3 +166,31 @@ impl Drop for Load {
         }
     }
 }
+
+/// A process that has written to a file, and has it open until this is dropped: in this process the child that
+/// another trial forks would inherit the file, and its close be a flush that nobody asked for.
+pub struct Holder(Child);
+
+impl Holder {
+    pub fn write(path: &Path, text: &str) -> Holder {
+        // Its standard input ends with this.
+        let script = "exec 3<>\"$1\"; printf %s \"$2\" >&3 && echo; read";
+        let mut bash = Command::new("bash");
+        bash.args(["-c", script, "bash"]).arg(path).arg(text);
+        let child = bash.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut holder = Holder(child.expect("bash is there"));
+        let mut said = [0];
+        let mut stdout = holder.0.stdout.take().expect("it is piped");
+        std::io::Read::read_exact(&mut stdout, &mut said).expect("it has written");
+        holder
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        if !super::within(super::SOON, || !matches!(self.0.try_wait(), Ok(None))) {
+            eprintln!("process {}: left behind, cannot be killed", self.0.id());
+        }
+    }
+}

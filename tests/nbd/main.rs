@@ -8,6 +8,7 @@ mod common;
 mod calls;
 mod filters;
 mod hosts;
+mod hung;
 mod lost;
 mod refusals;
 mod scripts;
@@ -17,6 +18,7 @@ use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Mutex;
 
 use common::ability::Ability;
 use common::export::{Ended, Export, Transport};
@@ -87,7 +89,7 @@ macro_rules! tests {
         [$(Test {
             name: concat!(stringify!($module), "::", stringify!($test)),
             test: $module::$test,
-            needs: &["fuse", "nbd", $($need),*],
+            needs: &["fuse", "nbd" $(, $need)*],
         }),*]
     };
 }
@@ -108,6 +110,20 @@ fn main() -> ExitCode {
         lost::killed_server_fails_all_requests ["nbdkit"],
         lost::killed_server_of_a_flushed_disk_costs_nothing ["nbdkit"],
         lost::killed_server_over_tcp_fails_all_requests ["qemu-nbd"],
+        hung::pidfile_that_waits_for_the_first_read_can_be_given_up ["root", "nbdkit"],
+        hung::daemon_that_waits_for_the_first_read_can_be_given_up ["root", "nbdkit"],
+        hung::command_that_waits_for_the_first_read_can_be_given_up ["root", "nbdkit"],
+        hung::abort_ends_it_beside_a_stopped_server ["root", "nbdkit"],
+        hung::forced_unmount_ends_it_beside_a_stopped_server ["root", "nbdkit"],
+        hung::clients_of_a_stopped_server_can_be_killed ["root", "nbdkit", "python3"],
+        hung::caught_signals_do_not_fail_a_read ["root", "nbdkit", "python3"],
+        hung::silent_server_can_be_given_up [],
+        hung::dribbling_server_can_be_given_up [],
+        hung::dribbling_server_has_no_longer_than_others [],
+        hung::last_flush_can_be_given_up ["nbdkit"],
+        hung::failed_start_flushes_what_others_wrote ["root", "nbdkit"],
+        hung::failures_are_counted_and_not_repeated ["nbdkit"],
+        hung::nobody_waits_for_who_reads_the_log ["nbdkit"],
         hosts::three_hosts_in_a_row ["netns", "ip", "nsenter", "qemu-nbd", "nbdkit", "fio"],
         scripts::daemon_serves_until_it_is_told_to_end ["nbdkit"],
         scripts::daemon_that_cannot_start_says_so ["nbdkit"],
@@ -122,7 +138,13 @@ fn main() -> ExitCode {
         trials.extend(tests.iter().map(|test| {
             let run = test.test;
             let name = format!("{}/{}", transport.name(), test.name);
-            trial(name, needs_of(transport, test.needs), move || run(&Bench::new(transport)))
+            let alone = test.name.starts_with("hung::");
+            trial(name, needs_of(transport, test.needs), move || {
+                // They stop servers, and a process that is started beside them may come to wait for one.
+                static ALONE: Mutex<()> = Mutex::new(());
+                let _alone = alone.then(|| ALONE.lock().unwrap_or_else(|e| e.into_inner()));
+                run(&Bench::new(transport));
+            })
         }));
     }
     trials.extend(refusals::trials());
