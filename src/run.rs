@@ -74,14 +74,15 @@ impl std::fmt::Display for Failure {
 /// Exports until the end, and gives the exit status: that of the command in `--run`, else 0.
 pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failure> {
     // Before any thread is started, as what follows: they inherit it.
-    let became_io_flusher = sys::become_io_flusher().unwrap_or_else(|e| {
-        log::info!("clients in this memory cgroup can come to wait for memory for ever: {e}");
-        false
-    });
+    let io_flusher = sys::become_io_flusher();
     // So that all of them leave these signals to the control thread.
-    let mut control =
-        Control::new(became_io_flusher).map_err(|e| Failure::Serving(format!("signals: {e}")))?;
+    let mut control = Control::new(matches!(io_flusher, Ok(true)))
+        .map_err(|e| Failure::Serving(format!("signals: {e}")))?;
+    // Nothing is logged before this: it might not be read.
     logging::write_from_a_thread().map_err(|e| Failure::Serving(format!("the log: {e}")))?;
+    if let Err(e) = io_flusher {
+        log::info!("clients in this memory cgroup can come to wait for memory for ever: {e}");
+    }
     let source = config.source.clone();
     let stopped = |signal: sys::Signal| {
         Failure::Source(format!(
