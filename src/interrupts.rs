@@ -116,7 +116,7 @@ impl Drop for Guard<'_> {
 }
 
 /// Whether thread `pid` is being ended: by a signal that kills it, or by one that asks it to end, which it may catch.
-/// Of one that this process cannot see (0: of another PID namespace) nothing is known, and it is taken to be.
+/// May block, as [`was_killed`] may. Of one that this process cannot see (0: of another PID namespace) nothing is known, and it is taken to be.
 pub fn is_ending(pid: u32) -> bool {
     pid == 0
         || std::fs::read_to_string(format!("/proc/{pid}/status"))
@@ -124,7 +124,7 @@ pub fn is_ending(pid: u32) -> bool {
 }
 
 /// Whether thread `pid` is in its exit, and a signal has killed it: no further signal can reach it, and no INTERRUPT will
-/// come.
+/// come. Blocks as long as it executes a program, closes of files included.
 pub fn was_killed(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
     pid != 0 && stat.is_ok_and(|stat| is_killed_stat(&stat))

@@ -17,6 +17,7 @@ use crate::export::Export;
 use crate::fuse::reply::Reply;
 use crate::fuse::request::Op;
 use crate::interrupts::{self, Interrupts, Waiting};
+use crate::pool;
 use crate::stats::ThreadStats;
 use slot::Slot;
 
@@ -171,27 +172,29 @@ impl<B: Backend> Server<B> {
         op: Op,
         unique: u64,
         client: u32,
-        mut handled: Pin<&mut impl Future<Output = Result<Reply, Errno>>>,
+        handled: Pin<&mut impl Future<Output = Result<Reply, Errno>>>,
     ) -> Result<Reply, Errno> {
-        let mut place = None;
-        let interrupted = std::future::poll_fn(|cx| {
-            if let Poll::Ready(answer) = handled.as_mut().poll(cx) {
-                return Poll::Ready(Some(answer));
-            }
-            let is_new = place.is_none();
-            let place = place.get_or_insert_with(|| self.waiting.begin(unique, cx));
-            // The close in the exit of a client that was killed: nobody hears its answer, and it cannot be interrupted.
-            let is_deaf =
-                is_new && matches!(op, Op::Flush { .. }) && interrupts::was_killed(client);
-            if is_deaf || place.is_interrupted(cx) { Poll::Ready(None) } else { Poll::Pending }
-        });
-        if let Some(answer) = interrupted.await {
-            return answer;
-        }
         let given_up = async {
-            while !interrupts::is_ending(client) && !interrupts::was_killed(client) {
+            // By the pool: /proc makes whoever asks wait for a process that executes a program, and the close in that may be
+            // what is asked about.
+            let was_killed = move || interrupts::was_killed(client);
+            // The close in the exit of a client that was killed: nobody hears its answer, and it cannot be interrupted.
+            if matches!(op, Op::Flush { .. }) && pool::run(was_killed).await {
+                return;
+            }
+            let mut place = None;
+            std::future::poll_fn(|cx| {
+                let place = place.get_or_insert_with(|| self.waiting.begin(unique, cx));
+                if place.is_interrupted(cx) { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+            let is_ending = move || interrupts::is_ending(client) || was_killed();
+            while !pool::run(is_ending).await {
                 Timer::after(interrupts::LOOK).await;
             }
+        };
+        let given_up = async {
+            given_up.await;
             log::debug!("{op:?} of {client}: given up");
             Err(Errno::EINTR)
         };
