@@ -173,12 +173,13 @@ pub struct Holder(Child);
 
 impl Holder {
     pub fn write(path: &Path, text: &str) -> Holder {
-        // Its standard input ends with this.
-        let script = "exec 3<>\"$1\"; printf %s \"$2\" >&3 && echo; read";
-        let mut bash = Command::new("bash");
-        bash.args(["-c", script, "bash"]).arg(path).arg(text);
-        let child = bash.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
-        let mut holder = Holder(child.expect("bash is there"));
+        // Its standard input ends with this. (A shell duplicates what it writes to, and each close is a flush.)
+        let script = "import os, sys; file = os.open(sys.argv[1], os.O_RDWR); \
+                      os.write(file, sys.argv[2].encode()); print(flush=True); sys.stdin.read()";
+        let mut python = Command::new("python3");
+        python.args(["-c", script]).arg(path).arg(text);
+        let child = python.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut holder = Holder(child.expect("python3 is there"));
         let mut said = [0];
         let mut stdout = holder.0.stdout.take().expect("it is piped");
         std::io::Read::read_exact(&mut stdout, &mut said).expect("it has written");

@@ -203,6 +203,7 @@ fn gated(bench: &Bench, gate: &Gate, log: &Path, gated: &str) -> (Server, String
     };
     bench.nbdkit(&[
         "eval",
+        "thread_model=echo parallel",
         &format!("get_size=echo {SIZE}"),
         &format!("pread={}; head -c $3 /dev/zero", call("pread")),
         &format!("pwrite=cat > /dev/null; {}", call("pwrite")),
