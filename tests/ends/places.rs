@@ -11,6 +11,7 @@ use rustix::process::{Signal, kill_process};
 
 use crate::common::export::{Export, binary, pid};
 use crate::common::image::write_sparse;
+use crate::common::nbd::{Address, Server};
 use crate::common::suite::{Case, SIZE};
 use crate::common::{eventually, is_root, mounts, noise, program, succeed, within};
 
@@ -178,6 +179,24 @@ pub fn owner_takes_his_file_away(case: &Case) {
     drop(file);
     let connection = export.connection();
     eventually("its connection's end", || mounts::is_connected(connection) != Some(true));
+}
+
+/// The first read waits for a server that never answers. An ordinary user's process too must not wait for itself.
+pub fn first_read_that_never_comes_ends_with_a_signal(case: &Case) {
+    let address = Address::unix(&case.sandbox);
+    let words = ["--filter=delay", "memory", "4M", "rdelay=3600"];
+    let _server = Server::nbdkit(&address, words);
+    let pidfile = format!("--pidfile={}", case.sandbox.join("pid").display());
+    let mut export = start(case, &address.uri(""), &[&pidfile]);
+    eventually("the first read", || mounts::waiting(export.connection()).is_some_and(|n| n > 0));
+    export.kill(libc::SIGTERM);
+    // Requests in flight have five seconds.
+    let ended = export.ended_within(3 * AT_ONCE);
+    ended.assert(1, &["stopped by signal 15"]);
+    assert_eq!(
+        case.sandbox.names().iter().filter(|name| *name == "pid" || *name == "disk").count(),
+        0
+    );
 }
 
 /// Unmounts when dropped.

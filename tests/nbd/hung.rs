@@ -390,3 +390,26 @@ pub fn caught_signals_do_not_fail_a_read(bench: &Bench) {
     drop(paused);
     assert!(served.wait().unwrap().success(), "EINTR, or less than was asked for");
 }
+
+/// The source of an export is another export, of a server that has stopped: what waits for it keeps no thread from
+/// serving what does not.
+pub fn source_that_hangs_holds_up_nobody_else(bench: &Bench) {
+    let (server, uri) = bench.nbdkit(&["memory", "4M"]);
+    let inner = bench.export(&uri);
+    let source = inner.file().to_str().unwrap();
+    let file = bench.sandbox.join("outer");
+    let outer = Export::try_start(source, &file, &["-r", bench.transport.option()], |_| ())
+        .unwrap_or_else(|ended| panic!("{}", ended.log));
+    let paused = server.pause();
+    // On one CPU, so that both are of one queue.
+    let seek = "import os; os.lseek(os.open('{}', os.O_RDONLY), 0, os.SEEK_HOLE)";
+    let mut client = waiting_client(&outer, &["taskset", "-c", "0", "python3", "-c", seek]);
+    eventually("a request", || mounts::waiting(inner.connection()).is_some_and(|n| n > 0));
+    let mut stat = Command::new("taskset");
+    let stat = stat.args(["-c", "0", "stat", "-c", "%s"]).arg(outer.file()).stdout(Stdio::null());
+    let mut stat = stat.spawn().unwrap();
+    let has_ended = within(AT_ONCE, || stat.try_wait().unwrap().is_some());
+    drop(paused);
+    assert!(has_ended, "a stat waits for a seek");
+    assert!(client.wait().unwrap().success() && stat.wait().unwrap().success());
+}

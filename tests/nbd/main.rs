@@ -117,6 +117,7 @@ fn main() -> ExitCode {
         hung::forced_unmount_ends_it_beside_a_stopped_server ["root", "nbdkit"],
         hung::clients_of_a_stopped_server_can_be_killed ["root", "nbdkit", "python3"],
         hung::caught_signals_do_not_fail_a_read ["root", "nbdkit", "python3"],
+        hung::source_that_hangs_holds_up_nobody_else ["root", "nbdkit", "python3", "taskset"],
         hung::silent_server_can_be_given_up [],
         hung::dribbling_server_can_be_given_up [],
         hung::dribbling_server_has_no_longer_than_others [],
