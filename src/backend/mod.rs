@@ -86,6 +86,14 @@ pub trait Backend: Send + Sync + 'static {
     /// Time stamps and allocation, now; it may block, see [`Lane::stat`].
     fn stat(&self) -> io::Result<Stat>;
 
+    /// From now on [`Lane::read_cached`] may read so many bytes ahead of each reader that goes in order; zero: none, as at
+    /// the beginning.
+    fn set_read_ahead(&self, _bytes: u64) {}
+
+    /// Nobody has had the file open, so others may have changed the source: what is remembered of its bytes is
+    /// forgotten.
+    fn forget(&self) {}
+
     /// Makes everything acknowledged durable, blocking, and takes leave of the source; called once when all serving
     /// threads have ended, also where nothing could be written.
     fn last_flush(&self) -> io::Result<()>;
@@ -99,6 +107,12 @@ pub trait Backend: Send + Sync + 'static {
 pub trait Lane: 'static {
     /// Fills `buf` from `offset`. Fewer bytes than asked mean that the source ends there.
     async fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize>;
+
+    /// As [`Lane::read`], for the kernel's page cache: what follows may be fetched before it is asked for
+    /// ([`Backend::set_read_ahead`]).
+    async fn read_cached(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        self.read(offset, buf).await
+    }
 
     /// Writes all of `data` at `offset`; past the end only where the export is growable. With `durable`
     /// (O_DSYNC) the data is on stable storage when this returns.
