@@ -52,21 +52,6 @@ impl Background {
     }
 }
 
-/// The name by which this program is called to read the first bytes of a file: see [`read_first`].
-pub const READER: &str = "diskfuse-reader";
-
-/// Reads the first bytes of a file, for another process that must not. The error's number goes to stderr.
-pub fn read_first(path: &Path) -> ExitCode {
-    let mut first = [0; 4096];
-    match File::open(path).and_then(|file| file.read_at(&mut first, 0)) {
-        Ok(_) => ExitCode::SUCCESS,
-        Err(e) => {
-            let _ = write!(io::stderr(), "{}", e.raw_os_error().unwrap_or(0));
-            ExitCode::FAILURE
-        }
-    }
-}
-
 /// A file with the number of this process, locked as long as it runs, and removed when dropped.
 #[derive(Debug)]
 pub struct Pidfile {

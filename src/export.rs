@@ -4,15 +4,19 @@
 //! [`Errno`] goes out. Any number of operations run at once, on any thread.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use polling::Poller;
+use smol::{Timer, future};
 
 use crate::backend::{Backend, Capabilities, Lane, Seek, Zero};
 use crate::errno::Errno;
 use crate::fuse::abi::{self, Attr, SetattrIn, StatfsOut, fattr};
+use crate::fuse::notify::Notifier;
 use crate::fuse::reply::Reply;
 use crate::fuse::request::Op;
-use crate::open_files::{Flushes, OpenFiles};
+use crate::open_files::{Access, Flushes, OpenFiles};
 
 /// What a truncation does to a disk whose size is fixed.
 ///
@@ -26,6 +30,18 @@ pub enum Truncate {
     Zero,
 }
 
+/// What the kernel's page cache does for files that are opened without O_DIRECT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cache {
+    /// Nothing: every read and write is a request.
+    None,
+    /// It serves reads. A write ends when the source has it.
+    Writethrough,
+    /// It also keeps writes until fsync, close or memory pressure (`FUSE_WRITEBACK_CACHE`). The kernel then owns the size
+    /// and the time stamps.
+    Writeback,
+}
+
 /// What the user asked of an export.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
@@ -35,6 +51,10 @@ pub struct Policy {
     pub growable: bool,
     /// What a truncation does where the size is fixed.
     pub truncate: Truncate,
+    /// The page cache in front of it.
+    pub cache: Cache,
+    /// What the page cache holds stays from the last close to the next open: nobody else writes to the source.
+    pub keep_cache: bool,
     /// Other users may use the file, as far as its mode lets them.
     pub allow_other: bool,
     /// The file's owner.
@@ -56,8 +76,24 @@ pub struct Export<B> {
     open_files: OpenFiles,
     flushes: Flushes,
     closed: Arc<AtomicBool>,
+    notifier: OnceLock<Notifier>,
+    /// The control thread, see [`Export::take_exceeded_size`].
+    control: OnceLock<Arc<Poller>>,
+    size_exceeded: Mutex<SizeExceeded>,
+    /// A write that its client believes done has failed, and the kernel tells who asks (fsync, close).
+    write_back_failed: AtomicBool,
     /// The log has been told that a truncation was refused, and of the cure.
     truncation_refused: AtomicBool,
+}
+
+/// With write-back the kernel takes writes past the end of a disk of fixed size, which fail when they get here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SizeExceeded {
+    No,
+    /// Somebody is at it, and would never hear of it if he went on for ever.
+    BeingWritten,
+    /// It is over. The kernel has to be given the size back.
+    Written,
 }
 
 /// What the export itself keeps of a file's attributes.
@@ -77,6 +113,9 @@ fn now() -> Time {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     (since.as_secs() as i64, since.subsec_nanos())
 }
+
+/// How long a truncation waits for the page cache to drop what it has zeroed.
+const DROP_LIMIT: Duration = Duration::from_secs(1);
 
 const WRITE_BITS: u32 = 0o222;
 const OTHERS_BITS: u32 = 0o077;
@@ -114,8 +153,37 @@ impl<B: Backend> Export<B> {
             open_files: OpenFiles::default(),
             flushes: Flushes::default(),
             closed,
+            notifier: OnceLock::new(),
+            control: OnceLock::new(),
+            size_exceeded: Mutex::new(SizeExceeded::No),
+            write_back_failed: AtomicBool::new(false),
             truncation_refused: AtomicBool::new(false),
         })
+    }
+
+    /// How the kernel is told of changes that its page cache does not know of; set before the first request.
+    pub fn set_notifier(&self, notifier: Notifier) {
+        let _ = self.notifier.set(notifier);
+    }
+
+    /// Who is woken for [`Export::take_exceeded_size`]; set before the first request.
+    pub fn set_control(&self, control: Arc<Poller>) {
+        let _ = self.control.set(control);
+    }
+
+    /// The size, if the kernel has to be given it back: it shows a larger one, for bytes that have no place.
+    pub fn take_exceeded_size(&self) -> Option<u64> {
+        let mut state = self.size_exceeded();
+        if *state != SizeExceeded::Written {
+            return None;
+        }
+        *state = SizeExceeded::No;
+        Some(self.backend.size())
+    }
+
+    /// The page cache in front of it.
+    pub fn cache(&self) -> Cache {
+        self.policy.cache
     }
 
     /// The source of its bytes.
@@ -141,7 +209,7 @@ impl<B: Backend> Export<B> {
     /// Whether a flush has failed: data that a client believes written may be lost, so the exit status
     /// must say so.
     pub fn flush_failed(&self) -> bool {
-        self.open_files.any_failure()
+        self.open_files.any_failure() || self.write_back_failed.load(Ordering::Relaxed)
     }
 
     /// Carries out `op`. A WRITE's data is at the front of `payload`; a READ's goes there.
@@ -154,24 +222,40 @@ impl<B: Backend> Export<B> {
             Op::Destroy => Ok(Reply::Done),
             Op::Unanswered | Op::Interrupt { .. } => Ok(Reply::Unanswered),
             _ if self.closed.load(Ordering::Relaxed) => Err(Errno::EIO),
-            Op::Read { offset, size } => {
-                self.read(lane, offset, &mut payload[..size as usize]).await
+            Op::Read { handle, offset, size } => {
+                let access = Access::of(handle);
+                self.read(lane, access, offset, &mut payload[..size as usize]).await
             }
-            Op::Write { offset, size, durable } => {
-                self.write(lane, offset, &payload[..size as usize], durable).await
+            Op::Write { handle, offset, size, durable, from_cache } => {
+                let data = &payload[..size as usize];
+                let written = self.write(lane, offset, data, durable).await;
+                if from_cache {
+                    self.note_write_back(offset, size, &written);
+                } else if Access::of(handle) == Access::Direct && self.open_files.any_cached() {
+                    self.drop_cached(offset, u64::from(size)).await;
+                }
+                written
             }
-            Op::Getattr => self.attr(lane).await.map(Reply::Attr),
+            Op::Getattr { handle } => {
+                if handle.is_some_and(|handle| self.exceeds_size(handle)) {
+                    return Err(Errno::ENOSPC);
+                }
+                self.attr(lane).await
+            }
             Op::Setattr(change) => self.setattr(lane, change).await,
             Op::Open { flags } => self.open(lane, flags).await,
+            Op::Flush { handle } if !self.open_files.closing(handle) => Ok(Reply::Done),
             Op::Flush { handle } => {
+                let in_size = self.stop_exceeding();
                 let flushed = self.flush(lane).await;
-                flushed.and(self.open_files.untold(handle)).map(|()| Reply::Done)
+                flushed.and(in_size).and(self.open_files.untold(handle)).map(|()| Reply::Done)
             }
             Op::Fsync { handle } => {
+                let in_size = self.stop_exceeding();
                 let flushed = self.flush(lane).await;
                 // Told in any case, and once.
                 let told = self.open_files.tell(handle);
-                flushed.and(told).map(|()| Reply::Done)
+                flushed.and(in_size).and(told).map(|()| Reply::Done)
             }
             Op::Fallocate { offset, len, mode } => self.fallocate(lane, offset, len, mode).await,
             Op::Lseek { offset, whence } => self.lseek(lane, offset, whence).await,
@@ -179,12 +263,76 @@ impl<B: Backend> Export<B> {
         }
     }
 
-    async fn read(&self, lane: &B::Lane, offset: u64, buf: &mut [u8]) -> Result<Reply, Errno> {
+    async fn read(
+        &self,
+        lane: &B::Lane,
+        access: Access,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<Reply, Errno> {
         let len = self.within(offset, buf.len());
         if len == 0 {
             return Ok(Reply::Data(0));
         }
-        Ok(Reply::Data(lane.read(offset, &mut buf[..len]).await?))
+        let buf = &mut buf[..len];
+        Ok(Reply::Data(match access {
+            Access::Direct => lane.read(offset, buf).await?,
+            Access::Cached => lane.read_cached(offset, buf).await?,
+        }))
+    }
+
+    /// A write of what the page cache held must be whole: the kernel does not write the rest.
+    fn note_write_back(&self, offset: u64, size: u32, written: &Result<Reply, Errno>) {
+        let why = match written {
+            Ok(Reply::Written(len)) if *len == size => return,
+            Ok(_) => Errno::ENOSPC,
+            Err(errno) => *errno,
+        };
+        if why == Errno::ENOSPC {
+            let mut state = self.size_exceeded();
+            if *state == SizeExceeded::No {
+                *state = SizeExceeded::BeingWritten;
+            }
+        }
+        log::error!("{size} bytes at {offset} from the page cache could not be written: {why:?}");
+        self.write_back_failed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a file writes past the end, and has to be told: the kernel asks for the attributes before it takes more.
+    fn exceeds_size(&self, handle: u64) -> bool {
+        self.policy.cache == Cache::Writeback
+            && *self.size_exceeded() == SizeExceeded::BeingWritten
+            && self.open_files.is_writable(handle)
+    }
+
+    /// Writes past the end that have gone to the page cache, if there were any, are over: `ENOSPC` tells of them.
+    fn stop_exceeding(&self) -> Result<(), Errno> {
+        if self.policy.cache != Cache::Writeback {
+            return Ok(());
+        }
+        let mut state = self.size_exceeded();
+        if *state != SizeExceeded::BeingWritten {
+            return Ok(());
+        }
+        *state = SizeExceeded::Written;
+        if let Some(Err(e)) = self.control.get().map(|control| control.notify()) {
+            log::error!("the control thread cannot be woken: {e}");
+        }
+        Err(Errno::ENOSPC)
+    }
+
+    fn size_exceeded(&self) -> MutexGuard<'_, SizeExceeded> {
+        self.size_exceeded.lock().expect("no code panics while it holds the state")
+    }
+
+    /// Drops from the page cache what was just changed past it.
+    ///
+    /// The kernel has done so before the change; but a page that somebody has read since then may be older than it.
+    async fn drop_cached(&self, offset: u64, len: u64) {
+        let Some(notifier) = self.notifier.get() else { return };
+        if let Err(e) = notifier.invalidate(offset, len).await {
+            log::debug!("the page cache keeps {len} bytes at {offset}: {e}");
+        }
     }
 
     async fn write(
@@ -237,9 +385,23 @@ impl<B: Backend> Export<B> {
             self.check_writable()?;
             self.truncate(lane, 0).await?;
         }
-        let flush = if writing { 0 } else { abi::FOPEN_NOFLUSH };
-        let flags = abi::FOPEN_DIRECT_IO | abi::FOPEN_PARALLEL_DIRECT_WRITES | flush;
-        Ok(Reply::Opened { handle: self.open_files.open(), flags })
+        let direct = flags & libc::O_DIRECT as u32 != 0 || self.policy.cache == Cache::None;
+        let access = if direct { Access::Direct } else { Access::Cached };
+        let opened = self.open_files.open(access, writing);
+        let mut flags = match access {
+            Access::Direct => abi::FOPEN_DIRECT_IO | abi::FOPEN_PARALLEL_DIRECT_WRITES,
+            Access::Cached => 0,
+        };
+        // With a cache its end has to be known: the next open may be the first.
+        if !writing && self.policy.cache == Cache::None {
+            flags |= abi::FOPEN_NOFLUSH;
+        }
+        if !opened.is_first || self.policy.keep_cache {
+            flags |= abi::FOPEN_KEEP_CACHE;
+        } else {
+            self.backend.forget();
+        }
+        Ok(Reply::Opened { handle: opened.handle, flags })
     }
 
     async fn flush(&self, lane: &B::Lane) -> Result<(), Errno> {
@@ -320,6 +482,11 @@ impl<B: Backend> Export<B> {
         if offset >= self.backend.size() {
             return Err(Errno::ENXIO);
         }
+        // The kernel does not ask its cache: what looks like a hole may be data that waits there.
+        if self.policy.cache == Cache::Writeback && self.open_files.any_writes() {
+            let size = self.backend.size();
+            return Ok(Reply::Seek(if what == Seek::Data { offset } else { size }));
+        }
         Ok(Reply::Seek(lane.seek(offset, what).await?))
     }
 
@@ -335,7 +502,7 @@ impl<B: Backend> Export<B> {
         }
     }
 
-    async fn attr(&self, lane: &B::Lane) -> Result<Attr, Errno> {
+    async fn attr(&self, lane: &B::Lane) -> Result<Reply, Errno> {
         // The source's size may have been changed by others; `stat` is where that is noticed.
         let stat = lane.stat().await?;
         let mut kept = self.attributes();
@@ -343,7 +510,7 @@ impl<B: Backend> Export<B> {
             kept.mtime = now();
             kept.ctime = kept.mtime;
         }
-        Ok(Attr {
+        let attr = Attr {
             ino: abi::ROOT_ID,
             size: self.backend.size(),
             blocks: stat.allocated_bytes.div_ceil(512),
@@ -359,7 +526,14 @@ impl<B: Backend> Export<B> {
             gid: kept.gid,
             blksize: self.capabilities.preferred_io_bytes,
             ..Default::default()
-        })
+        };
+        // Sizes and times may change behind the kernel's back, and a stat is cheap. Those that the kernel owns do not, and
+        // it would ask before each write.
+        let valid = match self.policy.cache {
+            Cache::Writeback => Duration::from_secs(1),
+            Cache::None | Cache::Writethrough => Duration::ZERO,
+        };
+        Ok(Reply::Attr { attr, valid })
     }
 
     async fn setattr(&self, lane: &B::Lane, change: SetattrIn) -> Result<Reply, Errno> {
@@ -409,7 +583,7 @@ impl<B: Backend> Export<B> {
                 };
             }
         }
-        self.attr(lane).await.map(Reply::Attr)
+        self.attr(lane).await
     }
 
     /// Sets the length to `size` bytes, as far as that can be done.
@@ -422,7 +596,12 @@ impl<B: Backend> Export<B> {
             i64::try_from(size).map_err(|_| Errno::EFBIG)?;
             lane.resize(size).await?;
         } else if size < now && self.policy.truncate == Truncate::Zero {
-            self.zero_whatever_it_takes(lane, size, now - size).await?;
+            let zeroed = self.zero_whatever_it_takes(lane, size, now - size).await;
+            // To the kernel nothing is cut off. It holds what is dirty back until it has the answer, and then would be waited
+            // for in vain: that is of a shared mapping, and is written after the zeroes in any case.
+            let limit = async { _ = Timer::after(DROP_LIMIT).await };
+            future::or(self.drop_cached(size, now - size), limit).await;
+            zeroed?;
         } else {
             if !self.truncation_refused.swap(true, Ordering::Relaxed) {
                 log::warn!(
@@ -569,10 +748,14 @@ mod tests {
         }
     }
 
+    const WRITE: Op =
+        Op::Write { handle: 1, offset: 0, size: 512, durable: true, from_cache: false };
     const POLICY: Policy = Policy {
         writable: true,
         growable: false,
         truncate: Truncate::Refuse,
+        cache: Cache::None,
+        keep_cache: false,
         allow_other: false,
         uid: 0,
         gid: 0,
@@ -608,7 +791,7 @@ mod tests {
         let export = Export::new(disk.clone(), POLICY, Arc::default()).unwrap();
         block_on(async {
             let mut payload = [0; 512];
-            let write = Op::Write { offset: 0, size: 512, durable: true };
+            let write = WRITE;
             let mut hangs = pin!(export.handle(&disk, write, &mut payload));
             assert!(poll_once(&mut hangs).await.is_none());
             export.handle(&disk, Op::Fsync { handle: 1 }, &mut []).await.unwrap();
@@ -624,6 +807,6 @@ mod tests {
 
     #[test]
     fn an_fsync_hears_of_what_a_durable_write_has_met() {
-        fsync_beside(|_| Op::Write { offset: 0, size: 512, durable: true });
+        fsync_beside(|_| WRITE);
     }
 }

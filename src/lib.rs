@@ -35,6 +35,7 @@
 pub mod backend;
 pub mod cli;
 pub mod daemon;
+pub mod errands;
 pub mod errno;
 pub mod export;
 pub mod fuse;

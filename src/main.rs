@@ -6,16 +6,14 @@ use std::process::ExitCode;
 
 use diskfuse::cli::{self, Command, Config, Source};
 use diskfuse::daemon::{self, Process};
-use diskfuse::{logging, run};
+use diskfuse::{errands, logging, run};
 
 /// Exit status for a command line that makes no sense.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    let mut name_and_path = std::env::args_os();
-    if name_and_path.next().is_some_and(|name| name == daemon::READER) {
-        let path = name_and_path.next().unwrap_or_default();
-        return daemon::read_first(path.as_ref());
+    if let Some(status) = errands::run_if_called() {
+        return status;
     }
     let status = serve_or_tell();
     logging::finish();

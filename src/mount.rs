@@ -319,6 +319,11 @@ impl Mount {
         self.mountpoint.path()
     }
 
+    /// Where it is now, for other programs.
+    pub fn path_now(&self) -> PathBuf {
+        self.mountpoint.place.path_now()
+    }
+
     /// Unmounts if nobody uses the file. Not to be called by a thread that serves requests.
     pub fn try_unmount(&self) -> io::Result<Unmounted> {
         if !self.is_there() {
@@ -356,6 +361,14 @@ impl Mount {
             return Ok(());
         }
         sys::umount(&path, libc::MNT_DETACH)
+    }
+
+    /// Lets the kernel read so many bytes ahead of those that read in order through the page cache. Root's to do.
+    pub fn set_read_ahead(&self, bytes: u64) -> io::Result<()> {
+        let seen = self.seen.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        let (major, minor) = (rustix::fs::major(seen.device), rustix::fs::minor(seen.device));
+        let setting = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+        fs::write(setting, (bytes >> 10).to_string())
     }
 
     /// Whether the mount is still in its place, in this namespace. If that cannot be found out, an unmount will.

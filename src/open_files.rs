@@ -1,58 +1,135 @@
-//! The open files, and which of them have yet to hear of a failed flush.
+//! The open files: which of them have yet to hear of a failed flush, and whether the page cache is in use.
 //!
 //! A source tells once that written data was lost, to whichever flush comes first. That may be the close of a
 //! descriptor which a forked child has inherited, and at whose result nobody looks. So every file that was open then is told at
 //! its next `fsync`, once each, as the kernel does for its own files (`errseq_t`, Documentation/core-api/errseq.rst).
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use event_listener::Event;
 use smol::{Timer, future};
 
 use crate::errno::Errno;
 
-/// All open files of an export. Off the data path: only open, close, flushes and failed durable writes come here.
+/// The kernel has taken note of an open after this time, and the file counts for those that are opened later.
+const SETTLED: Duration = Duration::from_millis(100);
+
+/// All open files of an export. Off the data path: only open, close, flushes and failed durable writes come here, and
+/// [`OpenFiles::any_cached`].
 #[derive(Debug, Default)]
-pub struct OpenFiles(Mutex<State>);
+pub struct OpenFiles {
+    state: Mutex<State>,
+    /// How many go through the page cache.
+    cached: AtomicUsize,
+}
 
 #[derive(Debug, Default)]
 struct State {
-    last_handle: u64,
-    /// How many flushes had failed when the file was opened, or last told.
-    told: HashMap<u64, u64>,
+    last_number: u64,
+    files: HashMap<u64, OpenFile>,
     failures: u64,
     last_failure: Option<Errno>,
 }
 
+#[derive(Debug)]
+struct OpenFile {
+    since: Instant,
+    /// Whether it can be written to.
+    writes: bool,
+    /// Somebody has closed a descriptor of it. It may have been the last, of which the kernel tells (RELEASE) when it
+    /// comes to it.
+    may_be_closed: bool,
+    /// How many flushes had failed when it was opened, or last told.
+    told: u64,
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Without the page cache (`FOPEN_DIRECT_IO`).
+    Direct,
+    /// Through it.
+    Cached,
+}
+
+impl Access {
+    /// That of the open file with this handle: the lowest bit tells.
+    pub fn of(handle: u64) -> Access {
+        if handle & 1 == 0 { Access::Cached } else { Access::Direct }
+    }
+}
+
+/// A file that was just opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Opened {
+    /// Its number, which is never zero.
+    pub handle: u64,
+    /// Nobody is known to have had it open: what is remembered of the disk may be older than its last close.
+    pub is_first: bool,
+}
+
 impl State {
     fn untold(&self, handle: u64) -> Result<(), Errno> {
-        match (self.told.get(&handle), self.last_failure) {
-            (Some(&told), Some(errno)) if told < self.failures => Err(errno),
+        match (self.files.get(&handle), self.last_failure) {
+            (Some(file), Some(errno)) if file.told < self.failures => Err(errno),
             _ => Ok(()),
         }
     }
 }
 
 impl OpenFiles {
-    /// A new file's handle, which is never zero. What failed before is none of its concern.
-    pub fn open(&self) -> u64 {
+    /// A new file. What failed before is none of its concern.
+    pub fn open(&self, access: Access, writes: bool) -> Opened {
         let mut state = self.lock();
-        state.last_handle += 1;
-        let (handle, failures) = (state.last_handle, state.failures);
-        state.told.insert(handle, failures);
-        handle
+        state.last_number += 1;
+        let handle = state.last_number << 1 | u64::from(access == Access::Direct);
+        let keeps = |file: &OpenFile| !file.may_be_closed && file.since.elapsed() >= SETTLED;
+        let is_first = !state.files.values().any(keeps);
+        let told = state.failures;
+        let file = OpenFile { since: Instant::now(), writes, may_be_closed: false, told };
+        state.files.insert(handle, file);
+        if access == Access::Cached {
+            self.cached.fetch_add(1, Ordering::SeqCst);
+        }
+        Opened { handle, is_first }
     }
 
     /// Whether any is open.
     pub fn any_open(&self) -> bool {
-        !self.lock().told.is_empty()
+        !self.lock().files.is_empty()
+    }
+
+    /// Whether any is open that can be written to.
+    pub fn any_writes(&self) -> bool {
+        self.lock().files.values().any(|file| file.writes)
+    }
+
+    /// Whether this one can be written to.
+    pub fn is_writable(&self, handle: u64) -> bool {
+        self.lock().files.get(&handle).is_some_and(|file| file.writes)
+    }
+
+    /// Whether any goes through the page cache.
+    pub fn any_cached(&self) -> bool {
+        self.cached.load(Ordering::SeqCst) > 0
+    }
+
+    /// A descriptor of it is being closed; whether it can be written to.
+    pub fn closing(&self, handle: u64) -> bool {
+        self.lock().files.get_mut(&handle).is_none_or(|file| {
+            file.may_be_closed = true;
+            file.writes
+        })
     }
 
     /// The file is closed for good.
     pub fn release(&self, handle: u64) {
-        self.lock().told.remove(&handle);
+        if self.lock().files.remove(&handle).is_some() && Access::of(handle) == Access::Cached {
+            self.cached.fetch_sub(1, Ordering::SeqCst);
+        }
     }
 
     /// A flush or a durable write has failed: every open file has to know.
@@ -77,14 +154,14 @@ impl OpenFiles {
         // Under one lock: a failure that came in between would be taken for told.
         let mut state = self.lock();
         let (untold, failures) = (state.untold(handle), state.failures);
-        if let Some(told) = state.told.get_mut(&handle) {
-            *told = failures;
+        if let Some(file) = state.files.get_mut(&handle) {
+            file.told = failures;
         }
         untold
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().expect("no code panics while it holds the list")
+        self.state.lock().expect("no code panics while it holds the list")
     }
 }
 
@@ -164,13 +241,17 @@ impl Drop for Flush<'_> {
 mod tests {
     use super::*;
 
+    fn open(files: &OpenFiles) -> u64 {
+        files.open(Access::Direct, true).handle
+    }
+
     #[test]
     fn every_file_that_was_open_is_told_once() {
         let files = OpenFiles::default();
-        let (a, b) = (files.open(), files.open());
+        let (a, b) = (open(&files), open(&files));
         assert!(files.tell(a).is_ok());
         files.failed(Errno::EIO);
-        let later = files.open();
+        let later = open(&files);
         assert_eq!(files.tell(a), Err(Errno::EIO));
         assert!(files.tell(a).is_ok() && files.tell(later).is_ok());
         assert_eq!(files.tell(b), Err(Errno::EIO));
@@ -179,7 +260,7 @@ mod tests {
     #[test]
     fn a_close_reports_and_does_not_hide_it_from_fsync() {
         let files = OpenFiles::default();
-        let file = files.open();
+        let file = open(&files);
         files.failed(Errno::EIO);
         assert_eq!(files.untold(file), Err(Errno::EIO));
         assert_eq!(files.tell(file), Err(Errno::EIO));
@@ -189,9 +270,42 @@ mod tests {
     #[test]
     fn released_files_are_forgotten() {
         let files = OpenFiles::default();
-        let file = files.open();
+        let file = open(&files);
         files.failed(Errno::EIO);
         files.release(file);
-        assert!(files.tell(file).is_ok() && files.lock().told.is_empty());
+        assert!(files.tell(file).is_ok() && !files.any_open());
+    }
+
+    #[test]
+    fn an_open_is_the_first_unless_a_settled_file_is_open_and_nobody_has_closed_it() {
+        let files = OpenFiles::default();
+        let first = files.open(Access::Cached, false);
+        assert!(first.is_first);
+        assert!(
+            files.open(Access::Cached, false).is_first,
+            "the first may not have come to its end"
+        );
+        std::thread::sleep(SETTLED);
+        assert!(!files.open(Access::Direct, false).is_first);
+        let all: Vec<u64> = files.lock().files.keys().copied().collect();
+        for handle in all {
+            files.closing(handle);
+        }
+        assert!(files.open(Access::Cached, false).is_first, "any close may have been the last");
+    }
+
+    #[test]
+    fn handles_tell_the_access_and_cached_ones_are_counted() {
+        let files = OpenFiles::default();
+        let (direct, cached) =
+            (files.open(Access::Direct, true).handle, files.open(Access::Cached, false).handle);
+        assert_eq!((Access::of(direct), Access::of(cached)), (Access::Direct, Access::Cached));
+        assert!(files.any_cached() && files.any_writes());
+        assert!(files.closing(direct) && !files.closing(cached));
+        files.release(cached);
+        files.release(cached);
+        assert!(!files.any_cached() && files.any_open());
+        files.release(direct);
+        assert!(!files.any_writes());
     }
 }

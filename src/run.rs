@@ -5,11 +5,11 @@
 //! one that unmounts: the kernel holds an unmount until no request waits, so a thread that serves may not.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -20,9 +20,10 @@ use tempfile::TempDir;
 use crate::backend::Backend;
 use crate::backend::file::{self, FileBackend};
 use crate::backend::nbd::{self, NbdBackend, Uri};
-use crate::cli::{Config, Remote, Source, When};
-use crate::daemon::{self, Background, Pidfile};
-use crate::export::{Export, Policy};
+use crate::cli::{CacheWish, Config, Remote, Source, When};
+use crate::daemon::{Background, Pidfile};
+use crate::errands::{Errand, Running};
+use crate::export::{Cache, Export, Policy};
 use crate::info::{self, Listing, LocalInfo, RemoteInfo};
 use crate::mount::{self, Mount, Mountpoint, Unmounted};
 use crate::session::{self, Session};
@@ -114,6 +115,7 @@ fn nbd_options(remote: &Remote) -> nbd::Options {
     nbd::Options {
         tls_certificates: remote.tls_certificates.clone(),
         connect_timeout: remote.connect_timeout,
+        connections: remote.connections,
     }
 }
 
@@ -242,6 +244,8 @@ fn serve<B: Backend>(
         writable: !read_only,
         growable: config.growable,
         truncate: config.truncate,
+        cache: cache(config),
+        keep_cache: config.kernel_cache,
         allow_other,
         uid: config.uid.unwrap_or(uid),
         gid: config.gid.unwrap_or(gid),
@@ -249,8 +253,13 @@ fn serve<B: Backend>(
     let export = Export::new(backend, policy, control.closed.clone())
         .map_err(|e| Failure::Source(format!("{}: {e}", config.source)))?;
     let export = Arc::new(export);
+    export.set_control(control.poller.clone());
     let stats = Arc::new(Stats::default());
-    let options = session::Options { io_uring, queue_depth: config.queue_depth };
+    let options = session::Options {
+        io_uring,
+        queue_depth: config.queue_depth,
+        read_ahead: config.read_ahead,
+    };
     let start = {
         let (export, stats, poller) = (export.clone(), stats.clone(), control.poller.clone());
         move || Session::start(device, &export, options, &stats, &poller)
@@ -268,6 +277,13 @@ fn serve<B: Backend>(
             return control.last_flush(config, &export).and(Err(failure));
         }
     };
+    if policy.cache != Cache::None {
+        // The kernel's own reads straight into the page cache. Who may not set it has only its default of 128 KiB.
+        if let Err(e) = mount.set_read_ahead(config.read_ahead) {
+            log::info!("the kernel's read-ahead stays as it is: {e}");
+            export.backend().set_read_ahead(config.read_ahead);
+        }
+    }
     log::info!(
         "{} is at {}{}",
         config.source,
@@ -308,6 +324,16 @@ fn serve<B: Backend>(
         sys::exit_now(i32::from(result.unwrap_or_else(|failure| failure.status())));
     }
     result
+}
+
+/// The page cache that is asked for: by default in front of remote disks. A local image's pages are in memory already,
+/// and its other users see what is changed here, and the other way round.
+fn cache(config: &Config) -> Cache {
+    match (config.cache, &config.source) {
+        (CacheWish::Auto, Source::Nbd(_)) => Cache::Writethrough,
+        (CacheWish::Auto, Source::Path(_) | Source::Memory(_)) => Cache::None,
+        (CacheWish::Is(cache), _) => cache,
+    }
 }
 
 /// Whether all was well.
@@ -384,6 +410,8 @@ struct Control {
     events: Events,
     /// The command of `--run`.
     command: Option<Child>,
+    /// Gives the kernel the size back.
+    sizing: Option<Running>,
     stop: Option<Stop>,
     /// The file was taken away: the export answers nobody any more.
     closed: Arc<AtomicBool>,
@@ -414,6 +442,7 @@ impl Control {
             became_io_flusher,
             events: Events::new(),
             command: None,
+            sizing: None,
             stop: None,
             closed: Arc::default(),
             is_abandoned: false,
@@ -564,27 +593,13 @@ impl Control {
     /// Reads the first bytes as a client would, by another process: who waits for this one's answer must not hold
     /// /dev/fuse, or neither would ever end. A signal ends the wait.
     fn check_io(&mut self, path: &Path) -> io::Result<()> {
-        let mut reader = Command::new("/proc/self/exe");
-        reader.arg0(daemon::READER).arg(path).stdin(Stdio::null()).stdout(Stdio::null());
-        let mut reader = reader.stderr(Stdio::piped()).spawn()?;
+        let mut reader = Errand::Read.begin(path)?;
         loop {
-            if let Some(status) = reader.try_wait()? {
-                if status.success() {
-                    return Ok(());
-                }
-                let mut why = String::new();
-                if let Some(mut stderr) = reader.stderr.take() {
-                    // What it says is a help, not a need.
-                    let _ = stderr.read_to_string(&mut why);
-                }
-                return Err(match why.trim().parse() {
-                    Ok(errno) => io::Error::from_raw_os_error(errno),
-                    Err(_) => io::Error::other(format!("its reader: {status}")),
-                });
+            if let Some(outcome) = reader.end() {
+                return outcome;
             }
             if let Some(signal) = self.wait(None)? {
-                // It ends with the connection at the latest.
-                let _ = reader.kill();
+                reader.give_up();
                 self.stop = Some(Stop::by_signal(&self.closed));
                 return Err(io::Error::other(format!("stopped by signal {}", signal.number)));
             }
@@ -629,8 +644,9 @@ impl Control {
                 }
             }
             if let Some(mounted) = &mount {
+                self.keep_size(mounted, export);
                 if let Some(stop) = &mut self.stop {
-                    stop.go_on(mounted, export.is_open());
+                    stop.go_on(mounted, export.is_open(), export.cache());
                 }
                 if session.connection_has_ended() || self.stop.as_ref().is_some_and(Stop::is_forced)
                 {
@@ -663,6 +679,24 @@ impl Control {
             if let Some(signal) = signal {
                 self.on_signal(signal, mount.as_ref());
             }
+        }
+    }
+
+    /// Undoes what the kernel has made of the size for a write past the end.
+    fn keep_size<B: Backend>(&mut self, mount: &Mount, export: &Export<B>) {
+        if let Some(outcome) = self.sizing.as_mut().and_then(Running::end) {
+            self.sizing = None;
+            if let Err(e) = outcome {
+                log::error!("{}: the kernel shows a wrong size: {e}", mount.path().display());
+            }
+        }
+        if self.sizing.is_none()
+            && let Some(size) = export.take_exceeded_size()
+        {
+            self.sizing = Errand::Size(size)
+                .begin(&mount.path_now())
+                .inspect_err(|e| log::error!("{}: its size: {e}", mount.path().display()))
+                .ok();
         }
     }
 
@@ -726,7 +760,47 @@ struct Stop {
     /// Asked for again: not even requests in flight are waited for.
     is_hurried: bool,
     reported: bool,
+    write_back: WriteBack,
     closed: Arc<AtomicBool>,
+}
+
+/// Before a file is taken away, what the page cache has of acknowledged writes goes to the source.
+#[derive(Debug)]
+enum WriteBack {
+    NotBegun,
+    UnderWay(Running),
+    Done,
+}
+
+impl WriteBack {
+    /// Begins it, or looks how far it is; whether it has ended, well or not. However slow the source is: a second signal
+    /// ends the wait.
+    fn go_on(&mut self, mount: &Mount) -> bool {
+        let path = mount.path().display();
+        match self {
+            WriteBack::NotBegun => {
+                log::warn!("{path}: still in use, what the page cache holds is written");
+                *self = match Errand::WriteBack.begin(&mount.path_now()) {
+                    Ok(running) => WriteBack::UnderWay(running),
+                    Err(e) => {
+                        log::error!("{path}: what the page cache holds is not written: {e}");
+                        WriteBack::Done
+                    }
+                };
+            }
+            WriteBack::UnderWay(running) => match running.end() {
+                None => {}
+                Some(outcome) => {
+                    if let Err(e) = outcome {
+                        log::error!("{path}: not all that the page cache holds was written: {e}");
+                    }
+                    *self = WriteBack::Done;
+                }
+            },
+            WriteBack::Done => {}
+        }
+        matches!(self, WriteBack::Done)
+    }
 }
 
 impl Stop {
@@ -739,6 +813,7 @@ impl Stop {
             is_forced: false,
             is_hurried: false,
             reported: false,
+            write_back: WriteBack::NotBegun,
             closed: closed.clone(),
         }
     }
@@ -752,11 +827,14 @@ impl Stop {
     }
 
     /// Tries again, on a file that somebody has open or not.
-    fn go_on(&mut self, mount: &Mount, is_open: bool) {
+    fn go_on(&mut self, mount: &Mount, is_open: bool, cache: Cache) {
         if self.is_forced {
             return;
         }
         if Instant::now() >= self.force_at {
+            if cache == Cache::Writeback && is_open && !self.write_back.go_on(mount) {
+                return;
+            }
             log::warn!("{}: still in use, taken away", mount.path().display());
             return self.force(mount);
         }

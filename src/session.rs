@@ -12,8 +12,9 @@ use polling::Poller;
 
 use crate::backend::Backend;
 use crate::cli::When;
-use crate::export::Export;
+use crate::export::{Cache, Export};
 use crate::fuse::abi::{self, InHeader, InitIn, InitOut, OutHeader, Plain, init, opcode};
+use crate::fuse::notify::Notifier;
 use crate::interrupts::Interrupts;
 use crate::stats::{Stats, Transport};
 use crate::sys;
@@ -54,6 +55,8 @@ pub struct Options {
     pub io_uring: When,
     /// Requests in flight for each serving thread.
     pub queue_depth: Option<usize>,
+    /// How far the kernel may read ahead, in bytes, as far as it lets itself be told.
+    pub read_ahead: u64,
 }
 
 /// Whether the connection has ended, which its threads find out: they may still wait for a source that hangs.
@@ -138,7 +141,16 @@ impl Session {
         if export.growable() {
             wanted |= init::ATOMIC_O_TRUNC;
         }
-        let reply = init_reply(&offer, in_flight, wanted);
+        if export.cache() == Cache::Writeback {
+            wanted |= init::WRITEBACK_CACHE;
+        }
+        let reply = init_reply(&offer, in_flight, wanted, options.read_ahead);
+        if wanted & !flags(&offer) & init::WRITEBACK_CACHE != 0 {
+            return Err(
+                "this kernel has no write-back cache for FUSE: use --cache writethrough".into()
+            );
+        }
+        export.set_notifier(Notifier::new(devices[0].try_clone().map_err(fuse)?));
         send_reply(&devices[0], request.unique, reply.as_bytes()).map_err(fuse)?;
 
         let mut by_ring = false;
@@ -402,15 +414,17 @@ fn flags(offer: &InitIn) -> u64 {
     u64::from(offer.flags) | u64::from(offer.flags2) << 32
 }
 
-/// What is asked of the kernel, given its offer, how many requests can be in flight, and what is wanted of it.
-fn init_reply(offer: &InitIn, in_flight: usize, wanted: u64) -> InitOut {
+/// What is asked of the kernel, given its offer, how many requests can be in flight, what is wanted of it, and how far it
+/// may read ahead, in bytes.
+fn init_reply(offer: &InitIn, in_flight: usize, wanted: u64, read_ahead: u64) -> InitOut {
     let granted = wanted & flags(offer);
     // Asynchronous direct I/O counts as background, and the kernel's default of 12 would throttle it.
     let max_background = in_flight.min(usize::from(u16::MAX)) as u16;
     InitOut {
         major: abi::KERNEL_VERSION,
         minor: abi::KERNEL_MINOR_VERSION,
-        max_readahead: offer.max_readahead,
+        // The kernel takes the smaller of this and its own.
+        max_readahead: u32::try_from(read_ahead).unwrap_or(u32::MAX),
         flags: granted as u32,
         flags2: (granted >> 32) as u32,
         max_background,
@@ -435,7 +449,7 @@ mod tests {
     #[test]
     fn asks_only_for_what_is_offered() {
         let offer = InitIn { flags: init::ASYNC_DIO as u32, ..Default::default() };
-        let reply = init_reply(&offer, 256, WANTED);
+        let reply = init_reply(&offer, 256, WANTED, 0);
         assert_eq!((reply.flags, reply.flags2), (init::ASYNC_DIO as u32, 0));
         assert_eq!((reply.max_background, reply.congestion_threshold), (256, 192));
     }
@@ -443,7 +457,8 @@ mod tests {
     #[test]
     fn flags_beyond_bit_31_travel_in_flags2() {
         let offer = InitIn { flags: u32::MAX, flags2: u32::MAX, ..Default::default() };
-        let reply = init_reply(&offer, 1_000_000, WANTED | init::OVER_IO_URING);
+        let reply = init_reply(&offer, 1_000_000, WANTED | init::OVER_IO_URING, 1 << 40);
+        assert_eq!(reply.max_readahead, u32::MAX);
         assert_ne!(reply.flags2 & (init::DIRECT_IO_ALLOW_MMAP >> 32) as u32, 0);
         assert_ne!(reply.flags2 & (init::OVER_IO_URING >> 32) as u32, 0);
         assert_eq!(reply.max_background, u16::MAX);

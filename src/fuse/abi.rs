@@ -42,6 +42,7 @@ pub mod init {
     pub const ATOMIC_O_TRUNC: u64 = 1 << 3;
     pub const BIG_WRITES: u64 = 1 << 5;
     pub const ASYNC_DIO: u64 = 1 << 15;
+    pub const WRITEBACK_CACHE: u64 = 1 << 16;
     pub const PARALLEL_DIROPS: u64 = 1 << 18;
     pub const ABORT_ERROR: u64 = 1 << 21;
     pub const MAX_PAGES: u64 = 1 << 22;
@@ -53,10 +54,18 @@ pub mod init {
 
 /// `FOPEN_DIRECT_IO`: no page cache of the kernel's own in front of the export.
 pub const FOPEN_DIRECT_IO: u32 = 1 << 0;
+/// `FOPEN_KEEP_CACHE`: what the page cache holds of the file stays.
+pub const FOPEN_KEEP_CACHE: u32 = 1 << 1;
 /// `FOPEN_NOFLUSH`: no FLUSH when this open file is closed.
 pub const FOPEN_NOFLUSH: u32 = 1 << 5;
 /// `FOPEN_PARALLEL_DIRECT_WRITES`: direct writes that do not extend the file run in parallel.
 pub const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
+
+/// `FUSE_WRITE_CACHE`: a WRITE of what the page cache holds, which its client may believe written long since.
+pub const WRITE_CACHE: u32 = 1 << 0;
+
+/// `FUSE_NOTIFY_INVAL_INODE`, in the place of an error in a message that answers no request.
+pub const NOTIFY_INVAL_INODE: i32 = 2;
 
 /// SETATTR's `valid` bits.
 #[allow(missing_docs)] // the kernel's names
@@ -209,6 +218,19 @@ pub struct AttrOut {
     pub attr: Attr,
 }
 
+/// `FUSE_GETATTR_FH`: `fh` means something.
+pub const GETATTR_FH: u32 = 1 << 0;
+
+/// `struct fuse_getattr_in`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct GetattrIn {
+    pub getattr_flags: u32,
+    pub dummy: u32,
+    pub fh: u64,
+}
+
 /// `struct fuse_setattr_in`
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -288,6 +310,16 @@ pub struct ReadWriteIn {
 pub struct WriteOut {
     pub size: u32,
     pub padding: u32,
+}
+
+/// `struct fuse_notify_inval_inode_out`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct NotifyInvalInodeOut {
+    pub ino: u64,
+    pub off: i64,
+    pub len: i64,
 }
 
 /// `struct fuse_statfs_out` (its only member is a `struct fuse_kstatfs`)
@@ -382,7 +414,8 @@ impl UringCmdReq {
 
 plain! {
     InHeader: 40, OutHeader: 16, InitIn: 64, InitOut: 64, Attr: 88, AttrOut: 104, SetattrIn: 88,
-    OpenIn: 8, OpenOut: 16, HandleIn: 8, InterruptIn: 8, ReadWriteIn: 40, WriteOut: 8, StatfsOut: 80, FallocateIn: 32,
+    OpenIn: 8, OpenOut: 16, HandleIn: 8, InterruptIn: 8, ReadWriteIn: 40, WriteOut: 8, StatfsOut: 80,
+    FallocateIn: 32, NotifyInvalInodeOut: 24, GetattrIn: 16,
     LseekIn: 24, LseekOut: 8, UringEntInOut: 32, UringCmdReq: 24,
 }
 

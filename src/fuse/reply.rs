@@ -1,5 +1,7 @@
 //! Encoding: what the handler answers becomes the bytes of a reply.
 
+use std::time::Duration;
+
 use super::abi::{Attr, AttrOut, LseekOut, OpenOut, Plain, StatfsOut, WriteOut};
 
 /// A successful answer.
@@ -12,7 +14,12 @@ pub enum Reply {
     /// So many bytes were written.
     Written(u32),
     /// `stat`
-    Attr(Attr),
+    Attr {
+        /// What it shows
+        attr: Attr,
+        /// For how long the kernel may show it again without asking
+        valid: Duration,
+    },
     /// A file was opened.
     Opened {
         /// Its number in later requests
@@ -40,8 +47,10 @@ impl Reply {
             Reply::Done | Reply::Unanswered => 0,
             Reply::Data(len) => len,
             Reply::Written(size) => put(payload, WriteOut { size, padding: 0 }),
-            // Validity zero: sizes and times may change behind the kernel's back, and a stat is cheap.
-            Reply::Attr(attr) => put(payload, AttrOut { attr, ..Default::default() }),
+            Reply::Attr { attr, valid } => {
+                let (attr_valid, attr_valid_nsec) = (valid.as_secs(), valid.subsec_nanos());
+                put(payload, AttrOut { attr, attr_valid, attr_valid_nsec, dummy: 0 })
+            }
             Reply::Opened { handle, flags } => {
                 put(payload, OpenOut { fh: handle, open_flags: flags, backing_id: 0 })
             }
@@ -63,7 +72,10 @@ mod tests {
         assert_eq!(len(Reply::Data(100), &mut payload), 100);
         assert_eq!(len(Reply::Written(7), &mut payload), 8);
         assert_eq!(payload[..4], [7, 0, 0, 0]);
-        assert_eq!(len(Reply::Attr(Attr::default()), &mut payload), 104);
+        assert_eq!(
+            len(Reply::Attr { attr: Attr::default(), valid: Duration::ZERO }, &mut payload),
+            104
+        );
         assert_eq!(len(Reply::Opened { handle: 3, flags: 1 }, &mut payload), 16);
         assert_eq!(payload[..9], [3, 0, 0, 0, 0, 0, 0, 0, 1]);
         assert_eq!(len(Reply::Statfs(StatfsOut::default()), &mut payload), 80);

@@ -4,8 +4,8 @@
 //! put it, and [`Op::Write`] says only how much of it there is.
 
 use super::abi::{
-    self, FallocateIn, HandleIn, InHeader, InterruptIn, LseekIn, OpenIn, Plain, ReadWriteIn,
-    SetattrIn, opcode,
+    self, FallocateIn, GetattrIn, HandleIn, InHeader, InterruptIn, LseekIn, OpenIn, Plain,
+    ReadWriteIn, SetattrIn, opcode,
 };
 use crate::errno::Errno;
 
@@ -13,7 +13,10 @@ use crate::errno::Errno;
 #[derive(Clone, Copy, Debug)]
 pub enum Op {
     /// `stat`
-    Getattr,
+    Getattr {
+        /// The open file on whose behalf the kernel asks by itself, before a write to its page cache for example
+        handle: Option<u64>,
+    },
     /// `chmod`, `chown`, `truncate`, `utimensat`
     Setattr(SetattrIn),
     /// `open`, with the flags of open(2)
@@ -23,6 +26,8 @@ pub enum Op {
     },
     /// `pread`
     Read {
+        /// The number in OPEN's reply, of this file or of another that fills the page cache
+        handle: u64,
         /// In bytes
         offset: u64,
         /// In bytes
@@ -30,10 +35,14 @@ pub enum Op {
     },
     /// `pwrite`; the data is in the payload
     Write {
+        /// As for a READ
+        handle: u64,
         /// In bytes
         offset: u64,
         /// In bytes
         size: u32,
+        /// It is what the page cache held (`mmap`, or write-back): its client may believe it written.
+        from_cache: bool,
         /// The file was opened with O_DSYNC or O_SYNC: answer when the data is on stable storage.
         durable: bool,
     },
@@ -101,7 +110,12 @@ impl Op {
             _ if header.nodeid != abi::ROOT_ID && header.opcode != opcode::DESTROY => {
                 return Err(Errno::ENOENT);
             }
-            opcode::GETATTR => Op::Getattr,
+            opcode::GETATTR => {
+                need(size_of::<GetattrIn>())?;
+                let arg = GetattrIn::read(args);
+                let has_handle = arg.getattr_flags & abi::GETATTR_FH != 0;
+                Op::Getattr { handle: has_handle.then_some(arg.fh) }
+            }
             opcode::SETATTR => {
                 need(size_of::<SetattrIn>())?;
                 Op::Setattr(SetattrIn::read(args))
@@ -113,12 +127,14 @@ impl Op {
             opcode::READ => {
                 need(size_of::<ReadWriteIn>())?;
                 let arg = ReadWriteIn::read(args);
-                Op::Read { offset: arg.offset, size: bounded(arg.size)? }
+                Op::Read { handle: arg.fh, offset: arg.offset, size: bounded(arg.size)? }
             }
             opcode::WRITE => {
                 need(size_of::<ReadWriteIn>())?;
                 let arg = ReadWriteIn::read(args);
                 Op::Write {
+                    handle: arg.fh,
+                    from_cache: arg.read_write_flags & abi::WRITE_CACHE != 0,
                     offset: arg.offset,
                     size: bounded(arg.size)?,
                     // O_SYNC includes the bit of O_DSYNC.
@@ -162,7 +178,14 @@ mod tests {
             ..Default::default()
         };
         let op = Op::decode(&header(opcode::WRITE), arg.as_bytes(), 1 << 20).unwrap();
-        assert!(matches!(op, Op::Write { offset: 4096, size: 512, durable: true }), "{op:?}");
+        let expected = matches!(
+            op,
+            Op::Write { offset: 4096, size: 512, durable: true, from_cache: false, .. }
+        );
+        assert!(expected, "{op:?}");
+        let arg = ReadWriteIn { fh: 7, read_write_flags: abi::WRITE_CACHE, ..arg };
+        let op = Op::decode(&header(opcode::WRITE), arg.as_bytes(), 1 << 20).unwrap();
+        assert!(matches!(op, Op::Write { handle: 7, from_cache: true, .. }), "{op:?}");
     }
 
     #[test]
@@ -176,6 +199,7 @@ mod tests {
     #[test]
     fn short_arguments_are_refused() {
         for code in [
+            opcode::GETATTR,
             opcode::SETATTR,
             opcode::OPEN,
             opcode::READ,

@@ -77,11 +77,17 @@ pub struct Options {
     pub tls_certificates: Option<PathBuf>,
     /// For connecting and the whole handshake.
     pub connect_timeout: Duration,
+    /// How many connections there may be; none: chosen from the number of CPUs.
+    pub connections: Option<usize>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { tls_certificates: None, connect_timeout: Duration::from_secs(10) }
+        Options {
+            tls_certificates: None,
+            connect_timeout: Duration::from_secs(10),
+            connections: None,
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use super::super::wire::Headers;
 use super::super::{LAST_FLUSH_LIMIT, NbdBackend};
 use super::options;
 use super::peer::connection;
-use crate::export::{Export, Policy, Truncate};
+use crate::export::{Cache, Export, Policy, Truncate};
 
 /// A disk behind these connections, the first of which tells what it is.
 fn disk(connections: &[Arc<Connection>]) -> Arc<NbdBackend> {
@@ -28,6 +28,8 @@ fn the_server_of_a_read_only_export_hears_the_goodbye_and_no_flush() {
         writable: false,
         growable: false,
         truncate: Truncate::Refuse,
+        cache: Cache::None,
+        keep_cache: false,
         allow_other: false,
         uid: 0,
         gid: 0,

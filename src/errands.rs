@@ -1,0 +1,141 @@
+//! What has to be done on this program's own mount, by another process: whoever waits for an answer of a serving process
+//! must not be that process, or neither would come to its end.
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+
+/// The name by which this program is called for an errand.
+const NAME: &str = "diskfuse-errand";
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Errand {
+    /// Read the first bytes, as a client would.
+    Read,
+    /// Have the kernel write what its page cache holds.
+    WriteBack,
+    /// Give the kernel the size back that it must not change, in bytes.
+    Size(u64),
+}
+
+impl Errand {
+    /// Starts a process that does it with the file at `path`.
+    pub fn begin(self, path: &Path) -> io::Result<Running> {
+        let (what, size) = match self {
+            Errand::Read => ("read", 0),
+            Errand::WriteBack => ("write-back", 0),
+            Errand::Size(size) => ("size", size),
+        };
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0(NAME).arg(what).arg(path).arg(size.to_string());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.spawn().map(Running)
+    }
+
+    fn parse(mut words: impl Iterator<Item = OsString>) -> Option<(Errand, PathBuf)> {
+        let what = words.next()?;
+        let path = words.next()?.into();
+        let errand = match what.to_str()? {
+            "read" => Errand::Read,
+            "write-back" => Errand::WriteBack,
+            "size" => Errand::Size(words.next()?.to_str()?.parse().ok()?),
+            _ => return None,
+        };
+        Some((errand, path))
+    }
+
+    fn run(self, path: &Path) -> io::Result<()> {
+        match self {
+            Errand::Read => File::open(path)?.read_at(&mut [0; 4096], 0).map(drop),
+            Errand::WriteBack => File::open(path)?.sync_all(),
+            Errand::Size(size) => OpenOptions::new().write(true).open(path)?.set_len(size),
+        }
+    }
+}
+
+/// In the process that was started for an errand: does it, and gives the exit status. None if this is not one.
+pub fn run_if_called() -> Option<ExitCode> {
+    let mut words = std::env::args_os();
+    if words.next()? != NAME {
+        return None;
+    }
+    let done = match Errand::parse(words) {
+        Some((errand, path)) => errand.run(&path),
+        None => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+    };
+    Some(match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            let _ = write!(io::stderr(), "{}", e.raw_os_error().unwrap_or(0));
+            ExitCode::FAILURE
+        }
+    })
+}
+
+/// An errand under way.
+#[derive(Debug)]
+pub struct Running(Child);
+
+impl Running {
+    /// How it has ended, if it has. SIGCHLD tells when to ask.
+    pub fn end(&mut self) -> Option<io::Result<()>> {
+        match self.0.try_wait() {
+            Ok(None) => None,
+            Ok(Some(status)) => Some(self.outcome(status)),
+            Err(e) => Some(Err(e)),
+        }
+    }
+
+    fn outcome(&mut self, status: ExitStatus) -> io::Result<()> {
+        if status.success() {
+            return Ok(());
+        }
+        let mut why = String::new();
+        if let Some(stderr) = &mut self.0.stderr {
+            // What it says is a help, not a need.
+            let _ = stderr.read_to_string(&mut why);
+        }
+        Err(match why.trim().parse() {
+            Ok(errno) => io::Error::from_raw_os_error(errno),
+            Err(_) => io::Error::other(format!("its process: {status}")),
+        })
+    }
+
+    /// Gives it up. It ends with the connection at the latest.
+    pub fn give_up(mut self) {
+        let _ = self.0.kill();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_understood_as_they_are_given() {
+        let parse = |words: &[&str]| Errand::parse(words.iter().map(OsString::from));
+        let path = PathBuf::from("/disk");
+        assert_eq!(parse(&["read", "/disk", "0"]), Some((Errand::Read, path.clone())));
+        assert_eq!(parse(&["write-back", "/disk", "0"]), Some((Errand::WriteBack, path.clone())));
+        assert_eq!(parse(&["size", "/disk", "4096"]), Some((Errand::Size(4096), path)));
+        assert_eq!(parse(&["size", "/disk", "much"]), None);
+        assert_eq!(parse(&["nonsense", "/disk"]), None);
+    }
+
+    #[test]
+    fn each_does_its_work() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        assert_eq!(Errand::Read.run(&path).unwrap_err().raw_os_error(), Some(libc::ENOENT));
+        std::fs::write(&path, [1; 100]).unwrap();
+        Errand::Read.run(&path).unwrap();
+        Errand::WriteBack.run(&path).unwrap();
+        Errand::Size(10).run(&path).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), [1; 10]);
+    }
+}
