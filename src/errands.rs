@@ -2,12 +2,14 @@
 //! must not be that process, or neither would come to its end.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+
+use crate::sys;
 
 /// The name by which this program is called for an errand.
 const NAME: &str = "diskfuse-errand";
@@ -19,7 +21,7 @@ pub enum Errand {
     Read,
     /// Have the kernel write what its page cache holds.
     WriteBack,
-    /// Give the kernel the size back that it must not change, in bytes.
+    /// Tell the kernel the size, in bytes: with write-back it believes no answer but that to a truncation.
     Size(u64),
 }
 
@@ -53,7 +55,7 @@ impl Errand {
         match self {
             Errand::Read => File::open(path)?.read_at(&mut [0; 4096], 0).map(drop),
             Errand::WriteBack => File::open(path)?.sync_all(),
-            Errand::Size(size) => OpenOptions::new().write(true).open(path)?.set_len(size),
+            Errand::Size(size) => sys::truncate(path, size),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use event_listener::Event;
 use polling::Poller;
 use smol::{Timer, future};
 
@@ -80,6 +81,9 @@ pub struct Export<B> {
     /// The control thread, see [`Export::take_exceeded_size`].
     control: OnceLock<Arc<Poller>>,
     size_exceeded: Mutex<SizeExceeded>,
+    /// The kernel, which owns the size, begins with zero.
+    size_unknown: AtomicBool,
+    size_told: Event,
     /// A write that its client believes done has failed, and the kernel tells who asks (fsync, close).
     write_back_failed: AtomicBool,
     /// The log has been told that a truncation was refused, and of the cure.
@@ -133,6 +137,13 @@ impl<B: Backend> Export<B> {
         let policy = Policy {
             writable: policy.writable && !capabilities.read_only,
             growable: policy.growable && capabilities.resizable,
+            cache: match policy.cache {
+                // There is nothing to write, and a size that nobody could tell the kernel.
+                Cache::Writeback if !policy.writable || capabilities.read_only => {
+                    Cache::Writethrough
+                }
+                cache => cache,
+            },
             ..policy
         };
         let stat = backend.stat()?;
@@ -156,6 +167,8 @@ impl<B: Backend> Export<B> {
             notifier: OnceLock::new(),
             control: OnceLock::new(),
             size_exceeded: Mutex::new(SizeExceeded::No),
+            size_unknown: AtomicBool::new(policy.cache == Cache::Writeback),
+            size_told: Event::new(),
             write_back_failed: AtomicBool::new(false),
             truncation_refused: AtomicBool::new(false),
         })
@@ -164,6 +177,22 @@ impl<B: Backend> Export<B> {
     /// How the kernel is told of changes that its page cache does not know of; set before the first request.
     pub fn set_notifier(&self, notifier: Notifier) {
         let _ = self.notifier.set(notifier);
+    }
+
+    /// With write-back: the kernel has been told the size, and files may be opened.
+    pub fn size_is_known(&self) {
+        self.size_unknown.store(false, Ordering::SeqCst);
+        self.size_told.notify(usize::MAX);
+    }
+
+    async fn until_size_is_known(&self) {
+        while self.size_unknown.load(Ordering::SeqCst) {
+            // Listen first and look again, or the news would be missed.
+            let told = self.size_told.listen();
+            if self.size_unknown.load(Ordering::SeqCst) {
+                told.await;
+            }
+        }
     }
 
     /// Who is woken for [`Export::take_exceeded_size`]; set before the first request.
@@ -216,6 +245,8 @@ impl<B: Backend> Export<B> {
     pub async fn handle(&self, lane: &B::Lane, op: Op, payload: &mut [u8]) -> Result<Reply, Errno> {
         match op {
             Op::Release { handle } => {
+                // Those whose fsync or close has failed in the kernel come here only.
+                let _ = self.stop_exceeding();
                 self.open_files.release(handle);
                 Ok(Reply::Done)
             }
@@ -237,8 +268,9 @@ impl<B: Backend> Export<B> {
                 written
             }
             Op::Getattr { handle } => {
-                if handle.is_some_and(|handle| self.exceeds_size(handle)) {
-                    return Err(Errno::ENOSPC);
+                let in_size = self.stop_exceeding();
+                if handle.is_some_and(|handle| self.open_files.is_writable(handle)) {
+                    in_size?;
                 }
                 self.attr(lane).await
             }
@@ -298,14 +330,8 @@ impl<B: Backend> Export<B> {
         self.write_back_failed.store(true, Ordering::Relaxed);
     }
 
-    /// Whether a file writes past the end, and has to be told: the kernel asks for the attributes before it takes more.
-    fn exceeds_size(&self, handle: u64) -> bool {
-        self.policy.cache == Cache::Writeback
-            && *self.size_exceeded() == SizeExceeded::BeingWritten
-            && self.open_files.is_writable(handle)
-    }
-
-    /// Writes past the end that have gone to the page cache, if there were any, are over: `ENOSPC` tells of them.
+    /// Writes past the end that have gone to the page cache, if there were any, count as over: `ENOSPC` tells of them. The
+    /// kernel asks for the attributes before it takes more.
     fn stop_exceeding(&self) -> Result<(), Errno> {
         if self.policy.cache != Cache::Writeback {
             return Ok(());
@@ -385,6 +411,7 @@ impl<B: Backend> Export<B> {
             self.check_writable()?;
             self.truncate(lane, 0).await?;
         }
+        self.until_size_is_known().await;
         let direct = flags & libc::O_DIRECT as u32 != 0 || self.policy.cache == Cache::None;
         let access = if direct { Access::Direct } else { Access::Cached };
         let opened = self.open_files.open(access, writing);

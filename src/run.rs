@@ -277,7 +277,7 @@ fn serve<B: Backend>(
             return control.last_flush(config, &export).and(Err(failure));
         }
     };
-    if policy.cache != Cache::None {
+    if export.cache() != Cache::None {
         // The kernel's own reads straight into the page cache. Who may not set it has only its default of 128 KiB.
         if let Err(e) = mount.set_read_ahead(config.read_ahead) {
             log::info!("the kernel's read-ahead stays as it is: {e}");
@@ -291,7 +291,9 @@ fn serve<B: Backend>(
         if export.writable() { "" } else { ", read-only" }
     );
 
-    let announced = control.announce(config, mount.path(), &mut pidfile, background);
+    let announced = control
+        .tell_size(mount.path(), &export)
+        .and_then(|()| control.announce(config, mount.path(), &mut pidfile, background));
     if announced.is_err() {
         control.stop_at_once();
     }
@@ -556,6 +558,19 @@ impl Control {
         }
     }
 
+    /// With write-back: lets files be opened once the kernel knows the size.
+    fn tell_size<B: Backend>(&mut self, path: &Path, export: &Export<B>) -> Result<(), Failure> {
+        if export.cache() != Cache::Writeback {
+            return Ok(());
+        }
+        let told = self.run_errand(Errand::Size(export.backend().size()), path);
+        export.size_is_known();
+        told.map_err(|e| {
+            let path = path.display();
+            Failure::Serving(format!("{path}: --cache writeback: the size cannot be set: {e}"))
+        })
+    }
+
     /// Tells whoever waits for it that the file can be used: the pidfile, the foreground process, the command
     /// of `--run`.
     fn announce(
@@ -568,7 +583,7 @@ impl Control {
         if pidfile.is_none() && background.is_none() && config.run.is_none() {
             return Ok(());
         }
-        self.check_io(path)
+        self.run_errand(Errand::Read, path)
             .map_err(|e| Failure::Serving(format!("{} cannot be read: {e}", config.source)))?;
         if let Some(pidfile) = pidfile {
             pidfile.write().map_err(|e| Failure::Serving(format!("pidfile: {e}")))?;
@@ -590,16 +605,15 @@ impl Control {
         Ok(())
     }
 
-    /// Reads the first bytes as a client would, by another process: who waits for this one's answer must not hold
-    /// /dev/fuse, or neither would ever end. A signal ends the wait.
-    fn check_io(&mut self, path: &Path) -> io::Result<()> {
-        let mut reader = Errand::Read.begin(path)?;
+    /// Waits for an errand on the mount at `path`. A signal ends the wait.
+    fn run_errand(&mut self, errand: Errand, path: &Path) -> io::Result<()> {
+        let mut running = errand.begin(path)?;
         loop {
-            if let Some(outcome) = reader.end() {
+            if let Some(outcome) = running.end() {
                 return outcome;
             }
             if let Some(signal) = self.wait(None)? {
-                reader.give_up();
+                running.give_up();
                 self.stop = Some(Stop::by_signal(&self.closed));
                 return Err(io::Error::other(format!("stopped by signal {}", signal.number)));
             }

@@ -277,6 +277,14 @@ pub fn mount(
     .map(drop)
 }
 
+/// `truncate(2)`: sets the length of a file without opening it.
+pub fn truncate(path: &Path, size: u64) -> io::Result<()> {
+    let path = c_path(path)?;
+    let size = i64::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: a C string and a number.
+    check(unsafe { libc::truncate(path.as_ptr(), size) }).map(drop)
+}
+
 /// `umount2(2)`; symbolic links are not followed.
 pub fn umount(target: &Path, flags: libc::c_int) -> io::Result<()> {
     let target = c_path(target)?;
