@@ -50,6 +50,11 @@ impl Io {
         Rc::new(Io { engine, executor })
     }
 
+    /// Whether its thread sleeps in a ring of its own, and serves a queue of the kernel's by it.
+    pub fn sleeps_in_ring(&self) -> bool {
+        matches!(self.engine, Engine::Ring(_))
+    }
+
     fn ring(&self) -> Option<&Rc<Ring>> {
         match &self.engine {
             Engine::Ring(ring) => Some(ring),

@@ -19,6 +19,15 @@ pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -
     .await
 }
 
+/// As [`run`], where nobody waits for the end.
+pub fn start(work: impl FnOnce() + Send + 'static) {
+    smol::unblock(|| {
+        pace::unpin();
+        work();
+    })
+    .detach();
+}
+
 /// Reads at `offset` on another thread. The future must be polled to its end.
 pub async fn read_at(file: &Arc<File>, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     let (file, lent) = (file.clone(), Lent(buf.as_mut_ptr(), buf.len()));

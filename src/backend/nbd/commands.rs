@@ -6,10 +6,13 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
 
 use super::connection::Connection;
+use super::connections::Ways;
+use super::dial::Export;
 use super::inflight::{Extent, Sending};
 use super::wire::{Command, DEFAULT_MAX_PAYLOAD, FLAG_FUA, FLAG_NO_HOLE, transmission_flag};
 use crate::backend::{Seek, Zero};
@@ -26,10 +29,19 @@ const WRITTEN_ZEROES: u64 = 1 << 20;
 const FIRST_STATUS: u64 = 64 << 20;
 const MAX_STATUS: u64 = 2 << 30;
 
-/// The commands of one connection.
+/// Which connection carries a command.
+#[derive(Clone)]
+enum Route {
+    /// Whichever of the disk's a lane had best use.
+    Lane(Rc<Ways>),
+    One(Arc<Connection>),
+}
+
+/// The commands to a disk.
 #[derive(Clone)]
 pub struct Commands {
-    connection: Arc<Connection>,
+    route: Route,
+    export: Export,
     /// The longest READ and WRITE, in bytes: a multiple of `minimum`.
     max_payload: usize,
     /// The server's minimum block size in bytes: a power of two.
@@ -37,14 +49,29 @@ pub struct Commands {
 }
 
 impl Commands {
-    /// Over `connection`.
-    pub fn new(connection: Arc<Connection>) -> Commands {
-        let sizes = connection.export().block_sizes;
+    /// Over whichever connection a lane had best use.
+    pub fn of_lane(ways: Rc<Ways>) -> Commands {
+        let export = ways.export().clone();
+        Commands::new(Route::Lane(ways), export)
+    }
+
+    /// Over `connection` only.
+    pub fn over(connection: Arc<Connection>) -> Commands {
+        let export = connection.export().clone();
+        Commands::new(Route::One(connection), export)
+    }
+
+    fn new(route: Route, export: Export) -> Commands {
+        let sizes = export.block_sizes;
         let longest = sizes.maximum.min(DEFAULT_MAX_PAYLOAD);
-        Commands {
-            max_payload: (longest - longest % sizes.minimum) as usize,
-            minimum: sizes.minimum.into(),
-            connection,
+        let max_payload = (longest - longest % sizes.minimum) as usize;
+        Commands { route, export, max_payload, minimum: sizes.minimum.into() }
+    }
+
+    fn connection(&self) -> Arc<Connection> {
+        match &self.route {
+            Route::Lane(ways) => ways.pick(),
+            Route::One(connection) => connection.clone(),
         }
     }
 
@@ -54,7 +81,7 @@ impl Commands {
     }
 
     fn has(&self, flag: u16) -> bool {
-        self.connection.export().has(flag)
+        self.export.has(flag)
     }
 
     /// Fills `buf` from `offset`.
@@ -63,10 +90,10 @@ impl Commands {
         if buf.is_empty() {
             return Ok(());
         } else if buf.len() <= self.max_payload {
-            return self.connection.read(offset, buf).await;
+            return self.connection().read(offset, buf).await;
         }
         let pieces = (offset..).step_by(self.max_payload).zip(buf.chunks_mut(self.max_payload));
-        all(pieces.map(|(at, piece)| self.connection.read(at, piece))).await
+        all(pieces.map(async |(at, piece)| self.connection().read(at, piece).await)).await
     }
 
     /// Writes `data` at `offset`; with `durable` it is on stable storage when this returns, as far
@@ -83,10 +110,13 @@ impl Commands {
         if data.is_empty() {
             // As above.
         } else if data.len() <= self.max_payload {
-            self.connection.write(offset, data, how, flags).await?;
+            self.connection().write(offset, data, how, flags).await?;
         } else {
             let pieces = (offset..).step_by(self.max_payload).zip(data.chunks(self.max_payload));
-            all(pieces.map(|(at, piece)| self.connection.write(at, piece, how, flags))).await?;
+            let write = async |(at, piece): (u64, &[u8])| {
+                self.connection().write(at, piece, how, flags).await
+            };
+            all(pieces.map(write)).await?;
         }
         if durable && !fua { self.flush().await } else { Ok(()) }
     }
@@ -96,7 +126,7 @@ impl Commands {
         if !self.has(transmission_flag::SEND_FLUSH) {
             return Ok(());
         }
-        self.connection.command(Command::Flush, 0, 0, 0).await.map(drop)
+        self.connection().command(Command::Flush, 0, 0, 0).await.map(drop)
     }
 
     /// Whether ranges can be zeroed without writing zeroes.
@@ -128,7 +158,7 @@ impl Commands {
         let mut longest = MAX_ZERO;
         while length > 0 {
             let piece = length.min(longest);
-            match self.connection.command(Command::WriteZeroes, flags, offset, piece).await {
+            match self.connection().command(Command::WriteZeroes, flags, offset, piece).await {
                 Ok(_) => {
                     offset += piece;
                     length -= piece;
@@ -163,9 +193,8 @@ impl Commands {
     /// The next data or hole at or after `offset`, which need not be aligned. `ENXIO`: no data
     /// follows. Where the server does not tell, everything is data.
     pub async fn seek(&self, offset: u64, what: Seek) -> io::Result<u64> {
-        let export = self.connection.export();
-        let size = export.size;
-        if export.base_allocation.is_none() {
+        let size = self.export.size;
+        if self.export.base_allocation.is_none() {
             return Ok(if what == Seek::Data { offset } else { size });
         }
         let mut longest = FIRST_STATUS;
@@ -173,7 +202,7 @@ impl Commands {
         while at < size {
             let start = at - at % self.minimum;
             let length = longest.min(size - start);
-            let extents = self.connection.command(Command::BlockStatus, 0, start, length).await?;
+            let extents = self.connection().command(Command::BlockStatus, 0, start, length).await?;
             let end = match find(start, &extents, at, what) {
                 Found::At(found) if found < size => return Ok(found),
                 Found::At(_) => break,

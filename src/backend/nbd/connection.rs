@@ -21,7 +21,7 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
 use std::rc::{Rc, Weak};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -59,6 +59,9 @@ pub struct Connection {
     driving: AtomicU64,
     /// The seat is free.
     seat: Event,
+    /// See [`Connection::load`].
+    load: AtomicUsize,
+    is_lost: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -137,6 +140,8 @@ impl Connection {
             permits: Semaphore::new(MAX_IN_FLIGHT),
             driving: AtomicU64::new(0),
             seat: Event::new(),
+            load: AtomicUsize::new(0),
+            is_lost: AtomicBool::new(false),
             state: Mutex::new(state),
         })
     }
@@ -158,7 +163,12 @@ impl Connection {
 
     /// Whether it is of no more use.
     pub fn is_lost(&self) -> bool {
-        self.lock().lost
+        self.is_lost.load(Ordering::Relaxed)
+    }
+
+    /// How much is in flight: one for each request, and one more for each 64 KiB of its payload.
+    pub fn load(&self) -> usize {
+        self.load.load(Ordering::Relaxed)
     }
 
     /// Fills `buf` from `offset`. The lengths of payloads are the caller's concern, here and below.
@@ -197,6 +207,7 @@ impl Connection {
             let range = ask.offset..ask.offset.saturating_add(ask.length);
             self.abandoned.none_in(range).await;
         }
+        let _load = Load::add(&self.load, &ask);
         let permit = self.permits.acquire().await;
         Request::begin(self, permit, ask)?.await
     }
@@ -310,6 +321,7 @@ impl Connection {
             state.table.fail_all(&mut wakers);
             !std::mem::replace(&mut state.lost, true)
         });
+        self.is_lost.store(true, Ordering::Relaxed);
         wakers.into_iter().for_each(Waker::wake);
         if first {
             let _ = self.socket.shutdown(std::net::Shutdown::Both);
@@ -389,8 +401,27 @@ impl Connection {
             state.table.fail_all(&mut wakers);
             state.lost = true;
         });
+        self.is_lost.store(true, Ordering::Relaxed);
         wakers.into_iter().for_each(Waker::wake);
         let _ = self.socket.shutdown(std::net::Shutdown::Write);
+    }
+}
+
+/// A request's part of [`Connection::load`], until it is dropped.
+struct Load<'a>(&'a AtomicUsize, usize);
+
+impl<'a> Load<'a> {
+    fn add(load: &'a AtomicUsize, ask: &Ask<'_>) -> Load<'a> {
+        let payload = if let Payload::None = ask.payload { 0 } else { ask.length as usize };
+        let weight = 1 + (payload >> 16);
+        load.fetch_add(weight, Ordering::Relaxed);
+        Load(load, weight)
+    }
+}
+
+impl Drop for Load<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(self.1, Ordering::Relaxed);
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::super::connection::Connection;
+use super::super::connections::Connections;
 use super::super::dial::Dialer;
 use super::super::wire::Headers;
 use super::super::{LAST_FLUSH_LIMIT, NbdBackend};
@@ -15,9 +16,9 @@ use crate::export::{Cache, Export, Policy, Truncate};
 /// A disk behind these connections, the first of which tells what it is.
 fn disk(connections: &[Arc<Connection>]) -> Arc<NbdBackend> {
     let dialer = Dialer::new(&"nbd://peer/".parse().unwrap(), &options()).unwrap();
-    let backend = NbdBackend::over(dialer, connections[0].clone());
-    backend.pool().connections.extend_from_slice(&connections[1..]);
-    backend
+    let all = Connections::new(dialer, connections[0].clone(), None);
+    connections[1..].iter().for_each(|connection| all.add(connection.clone(), 0));
+    NbdBackend::over(all)
 }
 
 #[test]
