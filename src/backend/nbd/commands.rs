@@ -13,8 +13,11 @@ use std::task::Poll;
 use super::connection::Connection;
 use super::connections::Ways;
 use super::dial::Export;
+use super::extents::{Extents, Found};
 use super::inflight::{Extent, Sending};
-use super::wire::{Command, DEFAULT_MAX_PAYLOAD, FLAG_FUA, FLAG_NO_HOLE, transmission_flag};
+use super::wire::{
+    Command, DEFAULT_MAX_PAYLOAD, FLAG_FUA, FLAG_NO_HOLE, Headers, transmission_flag,
+};
 use crate::backend::{Seek, Zero};
 
 /// The longest WRITE_ZEROES, in bytes: a longer one could keep the server busy past everyone's
@@ -24,10 +27,9 @@ const MAX_ZERO: u64 = 1 << 30;
 const MIN_ZERO: u64 = 64 << 10;
 /// The length of written zeroes, in bytes.
 const WRITTEN_ZEROES: u64 = 1 << 20;
-/// How far a BLOCK_STATUS asks at first, in bytes. It doubles while nothing is found, so that a
-/// copy that goes from extent to extent does not make the server list the whole disk each time.
-const FIRST_STATUS: u64 = 64 << 20;
-const MAX_STATUS: u64 = 2 << 30;
+/// How far a BLOCK_STATUS asks at most where 64 bits can say it, in bytes: what the server can look through within
+/// everyone's patience.
+const MAX_STATUS: u64 = 1 << 40;
 
 /// Which connection carries a command.
 #[derive(Clone)]
@@ -190,32 +192,53 @@ impl Commands {
         Ok(())
     }
 
+    /// How far a BLOCK_STATUS may ask, in bytes.
+    fn longest_status(&self) -> u64 {
+        match self.export.headers {
+            Headers::Extended => MAX_STATUS,
+            Headers::Simple | Headers::Structured => u32::MAX.into(),
+        }
+    }
+
     /// The next data or hole at or after `offset`, which need not be aligned. `ENXIO`: no data
-    /// follows. Where the server does not tell, everything is data.
-    pub async fn seek(&self, offset: u64, what: Seek) -> io::Result<u64> {
+    /// follows. Where the server does not tell, everything is data. What `extents` remembers is not
+    /// asked for; each command is awaited, so that a walk over petabytes can be given up.
+    pub async fn seek(&self, offset: u64, what: Seek, extents: &Extents) -> io::Result<u64> {
         let size = self.export.size;
         if self.export.base_allocation.is_none() {
             return Ok(if what == Seek::Data { offset } else { size });
         }
-        let mut longest = FIRST_STATUS;
         let mut at = offset;
-        while at < size {
-            let start = at - at % self.minimum;
-            let length = longest.min(size - start);
-            let extents = self.connection().command(Command::BlockStatus, 0, start, length).await?;
-            let end = match find(start, &extents, at, what) {
-                Found::At(found) if found < size => return Ok(found),
-                Found::At(_) => break,
-                Found::NotBefore(end) => end,
+        loop {
+            let gap = match extents.find(at, what) {
+                Found::At(found) => return Ok(found),
+                Found::NotBefore(gap) if gap >= size => break,
+                Found::NotBefore(gap) => gap,
             };
-            if end <= at {
-                log::error!("the server's block status of {length} bytes at {start} is too short");
-                return Err(io::Error::from_raw_os_error(libc::EIO));
-            }
-            at = end;
-            longest = (longest * 2).min(MAX_STATUS);
+            at = match self.ask_status(gap, what, extents).await? {
+                Found::At(found) if found < size => return Ok(found),
+                Found::At(end) | Found::NotBefore(end) => end,
+            };
         }
         if what == Seek::Hole { Ok(size) } else { Err(io::Error::from_raw_os_error(libc::ENXIO)) }
+    }
+
+    /// Asks for the extents from `at` on, and looks for `what` in them. There is progress: what is not found is not
+    /// before a place behind `at`.
+    async fn ask_status(&self, at: u64, what: Seek, extents: &Extents) -> io::Result<Found> {
+        let size = self.export.size;
+        let start = at - at % self.minimum;
+        let asking = extents.ask(self.longest_status());
+        let length = (asking.reach() - asking.reach() % self.minimum).min(size - start);
+        let told = self.connection().command(Command::BlockStatus, 0, start, length).await?;
+        asking.answered(&(start..start + length), &told, size);
+        match find(start, &told, at, what) {
+            Found::NotBefore(end) if end <= at => {
+                log::error!("the server's block status of {length} bytes at {start} is too short");
+                Err(io::Error::from_raw_os_error(libc::EIO))
+            }
+            found => Ok(found),
+        }
     }
 }
 
@@ -239,12 +262,6 @@ async fn all(pieces: impl Iterator<Item = impl Future<Output = io::Result<()>>>)
     })
     .await;
     result
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Found {
-    At(u64),
-    NotBefore(u64),
 }
 
 /// Looks for `what` at or after `from` in the extents that begin at `start`. They may end early, or

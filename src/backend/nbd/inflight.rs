@@ -47,8 +47,10 @@ pub const MAX_IN_FLIGHT: usize = 256;
 /// system call and are copied from the staging area.
 pub const DIRECT_BYTES: u64 = 16 << 10;
 
-/// How many extents are kept of one BLOCK_STATUS; the rest is as if the server had answered less.
-const MAX_EXTENTS: usize = 1024;
+/// How many extents are kept of one BLOCK_STATUS; the rest is as if the server had answered less, and the next
+/// question reaches less far ([`super::extents`]). A walk pays a round trip for so many, which is little for each; and if
+/// every request in flight were one, they would hold 4 MiB.
+pub const MAX_EXTENTS: usize = 1024;
 
 /// A caller's buffer. See the invariant above.
 struct Lent {

@@ -5,7 +5,8 @@
 //!          │
 //!   NbdLane ─ blocks ─ commands ─ connections ─ connection ┬ requests ─┐     serving, asynchronous
 //!                                                          ├ inflight  ├ stream
-//!                                                          └ replies  ─┘
+//!                             │                            └ replies  ─┘
+//!                          extents
 //! ```
 //!
 //! Where the server allows several connections (`CAN_MULTI_CONN`) a lane that has much to send gets some of its own,
@@ -30,6 +31,7 @@ use self::commands::Commands;
 use self::connection::Connection;
 use self::connections::Connections;
 use self::dial::{Dialer, Export};
+use self::extents::Extents;
 use self::wire::transmission_flag;
 use super::range_lock::RangeLock;
 use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
@@ -48,6 +50,7 @@ mod connections;
 mod coverage;
 mod dial;
 pub mod error;
+mod extents;
 mod handshake;
 mod inflight;
 pub mod info;
@@ -95,6 +98,7 @@ pub struct NbdBackend {
     /// Over all lanes: see [`blocks`].
     lock: Arc<RangeLock>,
     unflushed: Unflushed,
+    extents: Extents,
 }
 
 /// Whether acknowledged writes await a flush. Counts both, so that a write that completes while a
@@ -139,6 +143,7 @@ impl NbdBackend {
             connected: (now.as_secs() as i64, now.subsec_nanos()),
             lock: Arc::default(),
             unflushed: Unflushed::default(),
+            extents: Extents::default(),
         })
     }
 
@@ -187,10 +192,18 @@ impl Backend for NbdBackend {
         Ok(Stat { allocated_bytes: self.export().size, atime: time, mtime: time, ctime: time })
     }
 
+    fn forget(&self) {
+        self.extents.forget_all();
+    }
+
     /// Flushes over any connection that still works, if anything was written, then says goodbye on
     /// all. It fails if acknowledged writes could not be flushed; a lost connection alone is no
     /// failure.
     fn last_flush(&self) -> io::Result<()> {
+        match self.extents.asked() {
+            0 => {}
+            n => log::info!("block status: {n} commands"),
+        }
         let connections = self.connections.all();
         let flushed = self.flush_over_any(&connections, LAST_FLUSH_LIMIT);
         connections.iter().for_each(|connection| connection.disconnect());
@@ -261,6 +274,7 @@ impl Lane for NbdLane {
 
     async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
         self.check_range(offset, data.len() as u64)?;
+        let _changing = self.backend.extents.changing(offset..offset + data.len() as u64);
         self.blocks.write(offset, data, durable).await?;
         if !durable {
             self.backend.unflushed.acknowledge();
@@ -277,6 +291,7 @@ impl Lane for NbdLane {
 
     async fn zero(&self, offset: u64, len: u64, how: Zero) -> io::Result<()> {
         self.check_range(offset, len)?;
+        let _changing = self.backend.extents.changing(offset..offset + len);
         self.blocks.zero(offset, len, how).await?;
         self.backend.unflushed.acknowledge();
         Ok(())
@@ -295,6 +310,6 @@ impl Lane for NbdLane {
     }
 
     async fn seek(&self, offset: u64, what: Seek) -> io::Result<u64> {
-        self.blocks.commands().seek(offset, what).await
+        self.blocks.commands().seek(offset, what, &self.backend.extents).await
     }
 }

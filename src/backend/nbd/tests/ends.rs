@@ -14,7 +14,7 @@ use super::peer::connection;
 use crate::export::{Cache, Export, Policy, Truncate};
 
 /// A disk behind these connections, the first of which tells what it is.
-fn disk(connections: &[Arc<Connection>]) -> Arc<NbdBackend> {
+pub fn disk(connections: &[Arc<Connection>]) -> Arc<NbdBackend> {
     let dialer = Dialer::new(&"nbd://peer/".parse().unwrap(), &options()).unwrap();
     let all = Connections::new(dialer, connections[0].clone(), None);
     connections[1..].iter().for_each(|connection| all.add(connection.clone(), 0));

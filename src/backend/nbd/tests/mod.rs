@@ -3,6 +3,7 @@
 mod commands;
 mod ends;
 mod errors;
+mod extents;
 mod peer;
 mod servers;
 mod tls;

@@ -138,7 +138,8 @@ pub fn connection(
     let socket = Arc::new(Socket::from(ours));
     let export = Export {
         size: 1 << 30,
-        flags: 0x7f,
+        // Writable, with FLUSH, FUA, TRIM and WRITE_ZEROES; one connection only.
+        flags: 0x7d,
         block_sizes: BlockSizes { minimum: 1, preferred: 4096, maximum: 1 << 25 },
         headers,
         base_allocation: Some(CONTEXT),
