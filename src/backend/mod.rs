@@ -41,7 +41,7 @@ pub struct Capabilities {
 /// The time stamps and the allocation of a source, as `stat` shows them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stat {
-    /// Space in use, in bytes; the whole size where the source cannot tell.
+    /// Space in use, in bytes; where the source cannot tell, the whole size, or a little less where it has holes.
     pub allocated_bytes: u64,
     /// Last read, last write and last change of the source itself: seconds and nanoseconds.
     pub atime: (i64, u32),

@@ -23,7 +23,7 @@ pub struct Kind {
     pub resizable: bool,
     /// Its holes are shown by SEEK_HOLE.
     pub shows_holes: bool,
-    /// `stat` shows how much of it is allocated.
+    /// `stat` shows that it may have holes: less is allocated than its length.
     pub counts_blocks: bool,
     /// Holes can be made in it.
     pub punches: bool,
@@ -60,14 +60,18 @@ const LOOP: Kind = Kind {
 const NBD: Kind = Kind {
     regular: false,
     resizable: false,
-    counts_blocks: false,
     locked: false,
     needs: &["fuse", "nbd", "nbdkit"],
     ..FILE
 };
 const QEMU_NBD: Kind = Kind { needs: &["fuse", "nbd", "qemu-nbd"], ..NBD };
-const NBD_SERVER: Kind =
-    Kind { needs: &["fuse", "nbd", "nbd-server"], shows_holes: false, frees: false, ..NBD };
+const NBD_SERVER: Kind = Kind {
+    needs: &["fuse", "nbd", "nbd-server"],
+    shows_holes: false,
+    counts_blocks: false,
+    frees: false,
+    ..NBD
+};
 
 pub const KINDS: &[Kind] = &[
     FILE,
@@ -98,6 +102,7 @@ pub const KINDS: &[Kind] = &[
             nbdkit(s, b, Address::unix(s), &without, &["multi-conn-mode=disable".into()])
         },
         shows_holes: false,
+        counts_blocks: false,
         punches: false,
         ..NBD
     },
@@ -107,6 +112,7 @@ pub const KINDS: &[Kind] = &[
         make: nbd_crate,
         needs: &["fuse", "nbd"],
         shows_holes: false,
+        counts_blocks: false,
         punches: false,
         ..NBD
     },

@@ -189,7 +189,14 @@ impl Backend for NbdBackend {
 
     fn stat(&self) -> io::Result<Stat> {
         let time = self.connected;
-        Ok(Stat { allocated_bytes: self.export().size, atime: time, mtime: time, ctime: time })
+        let size = self.export().size;
+        // cp, tar and others look for holes only in a file that uses less than its length. No server tells how much
+        // of it is in use: where it tells of holes, it is as if there were one of a sector.
+        let allocated_bytes = match self.export().base_allocation {
+            Some(_) => (size / 512).saturating_sub(1) * 512,
+            None => size,
+        };
+        Ok(Stat { allocated_bytes, atime: time, mtime: time, ctime: time })
     }
 
     fn forget(&self) {
