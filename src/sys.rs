@@ -474,6 +474,16 @@ pub fn page_size() -> io::Result<u64> {
     u64::try_from(size).map_err(|_| io::Error::last_os_error())
 }
 
+/// Gives the kernel the memory that was freed. glibc keeps large buffers too, once some of their size have been freed:
+/// its threshold for mappings of their own adapts.
+pub fn trim_heap() {
+    // SAFETY: no pointers, and any thread may call it.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
+}
+
 /// Sees to it that `wanted` files can be open at once, as far as the hard limit (`RLIMIT_NOFILE`) allows. How many can be.
 pub fn allow_open_files(wanted: u64) -> io::Result<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };

@@ -245,7 +245,9 @@ impl Commands {
 /// Runs the pieces of a request at the same time, so that splitting costs no round trips; the first
 /// error counts, once all have ended. A request has few pieces: one of FUSE's carries 1 MiB at
 /// most.
-async fn all(pieces: impl Iterator<Item = impl Future<Output = io::Result<()>>>) -> io::Result<()> {
+pub(super) async fn all(
+    pieces: impl Iterator<Item = impl Future<Output = io::Result<()>>>,
+) -> io::Result<()> {
     let mut pieces: Vec<_> = pieces.map(Box::pin).collect();
     let mut result = Ok(());
     poll_fn(|cx| {

@@ -3,10 +3,9 @@
 //! ```text
 //! uri ── dial ── handshake (over socket or tls)                    start-up, blocking
 //!          │
-//!   NbdLane ─ blocks ─ commands ─ connections ─ connection ┬ requests ─┐     serving, asynchronous
-//!                                                          ├ inflight  ├ stream
-//!                             │                            └ replies  ─┘
-//!                          extents
+//!   NbdLane ┬ blocks ─ commands ─ connections ─ connection ┬ requests ─┐     serving, asynchronous
+//!           └ ahead      │                                 ├ inflight  ├ stream
+//!                     extents                              └ replies  ─┘
 //! ```
 //!
 //! Where the server allows several connections (`CAN_MULTI_CONN`) a lane that has much to send gets some of its own,
@@ -26,6 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use self::ahead::{Ahead, Reads};
 use self::blocks::Blocks;
 use self::commands::Commands;
 use self::connection::Connection;
@@ -43,6 +43,7 @@ pub use self::stream::SystemCalls;
 pub use self::uri::Uri;
 
 mod abandoned;
+mod ahead;
 mod blocks;
 mod commands;
 mod connection;
@@ -99,6 +100,7 @@ pub struct NbdBackend {
     lock: Arc<RangeLock>,
     unflushed: Unflushed,
     extents: Extents,
+    ahead: Arc<Ahead>,
 }
 
 /// Whether acknowledged writes await a flush. Counts both, so that a write that completes while a
@@ -144,6 +146,7 @@ impl NbdBackend {
             lock: Arc::default(),
             unflushed: Unflushed::default(),
             extents: Extents::default(),
+            ahead: Arc::default(),
         })
     }
 
@@ -170,7 +173,13 @@ impl Backend for NbdBackend {
 
     fn lane(self: &Arc<Self>, io: &Rc<Io>) -> io::Result<NbdLane> {
         let commands = Commands::of_lane(self.connections.lane(io));
-        Ok(NbdLane { backend: self.clone(), blocks: Blocks::new(commands, self.lock.clone()) })
+        let blocks = Rc::new(Blocks::new(commands, self.lock.clone()));
+        let size = self.export().size;
+        Ok(NbdLane {
+            backend: self.clone(),
+            cached: Reads::new(self.ahead.clone(), blocks.clone(), size, io.clone()),
+            blocks,
+        })
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -199,8 +208,13 @@ impl Backend for NbdBackend {
         Ok(Stat { allocated_bytes, atime: time, mtime: time, ctime: time })
     }
 
+    fn set_read_ahead(&self, bytes: u64) {
+        self.ahead.set_limit(bytes);
+    }
+
     fn forget(&self) {
         self.extents.forget_all();
+        self.ahead.forget();
     }
 
     /// Flushes over any connection that still works, if anything was written, then says goodbye on
@@ -211,6 +225,7 @@ impl Backend for NbdBackend {
             0 => {}
             n => log::info!("block status: {n} commands"),
         }
+        self.ahead.log_use();
         let connections = self.connections.all();
         let flushed = self.flush_over_any(&connections, LAST_FLUSH_LIMIT);
         connections.iter().for_each(|connection| connection.disconnect());
@@ -247,7 +262,9 @@ impl NbdBackend {
 /// One thread's way to the remote disk.
 pub struct NbdLane {
     backend: Arc<NbdBackend>,
-    blocks: Blocks,
+    blocks: Rc<Blocks>,
+    /// Reads for the page cache.
+    cached: Reads<Blocks>,
 }
 
 impl NbdLane {
@@ -279,9 +296,19 @@ impl Lane for NbdLane {
         Ok(length)
     }
 
+    async fn read_cached(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        if !self.backend.ahead.is_on() {
+            return self.read(offset, buf).await;
+        }
+        let length = self.before_end(offset, buf.len() as u64) as usize;
+        self.cached.read(offset, &mut buf[..length]).await?;
+        Ok(length)
+    }
+
     async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
         self.check_range(offset, data.len() as u64)?;
         let _changing = self.backend.extents.changing(offset..offset + data.len() as u64);
+        let _writing = self.backend.ahead.writing(offset..offset + data.len() as u64);
         self.blocks.write(offset, data, durable).await?;
         if !durable {
             self.backend.unflushed.acknowledge();
@@ -299,6 +326,7 @@ impl Lane for NbdLane {
     async fn zero(&self, offset: u64, len: u64, how: Zero) -> io::Result<()> {
         self.check_range(offset, len)?;
         let _changing = self.backend.extents.changing(offset..offset + len);
+        let _writing = self.backend.ahead.writing(offset..offset + len);
         self.blocks.zero(offset, len, how).await?;
         self.backend.unflushed.acknowledge();
         Ok(())

@@ -1,5 +1,6 @@
 //! The client against real servers and against peers that misbehave, without FUSE.
 
+mod ahead;
 mod commands;
 mod ends;
 mod errors;
