@@ -26,7 +26,7 @@ use smol::lock::Mutex;
 use smol::{LocalExecutor, future};
 
 use super::Server;
-use super::pace::Poller;
+use super::pace::{self, Poller};
 use super::slot::{BURST_OVER, HEAD_LEN, Home, Memory, Slot};
 use crate::backend::Backend;
 use crate::errno::Errno;
@@ -87,6 +87,7 @@ impl<B: Backend> Worker<B> {
     pub fn run(self) -> io::Result<()> {
         let executor = Rc::new(LocalExecutor::new());
         let io = Io::in_reactor(executor.clone());
+        let waits = self.export.backend().capabilities().waits;
         let lane = self.export.backend().lane(&io)?;
         let server =
             Server::new(self.export, lane, executor.clone(), self.stats.clone(), self.interrupts);
@@ -96,6 +97,9 @@ impl<B: Backend> Worker<B> {
             starved: RefCell::new(None),
         });
         let poller = Poller::new(self.polls);
+        if self.polls && !waits {
+            pace::take_short_turns();
+        }
         let reading = async {
             let result =
                 channel.clone().read_requests(&server, &self.baton, poller, &self.stats).await;

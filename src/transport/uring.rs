@@ -34,7 +34,7 @@ use smol::channel::Receiver;
 use super::Server;
 use super::doorbell::Doorbell;
 use super::entries::Entries;
-use super::pace::{Pin, Poller, Rest};
+use super::pace::{self, Pin, Poller, Rest};
 use super::peers::{self, Peers};
 use super::ring::Ring;
 use super::slot::{BURST_OVER, Home, Memory, Slot};
@@ -258,6 +258,9 @@ impl<B: Backend> Loop<B> {
         let waker = Waker::from(self.doorbell.clone());
         let mut cx = Context::from_waker(&waker);
         let mut poller = Poller::new(true);
+        if !self.waits {
+            pace::take_short_turns();
+        }
         let mut rest = Rest::starting_now();
         let mut pin = Pin::new(self.here);
         while self.entries.in_kernel() > 0

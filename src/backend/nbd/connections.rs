@@ -4,11 +4,12 @@
 //! connections, so that no hop stands between a request and its socket. It uses another lane's
 //!
 //! * while it has none of its own, because there is not much to send or because there may be no more of them;
-//! * when its own have a lot in flight, and another has less. Servers work on a bounded number of requests of a
-//!   connection at a time (16 in QEMU and nbdkit, one in nbd-server), so that what is more waits.
+//! * when its own have a lot in flight, the server is slow, and another has less in flight. Servers work on a bounded number
+//!   of requests of a connection at a time (16 in QEMU and nbdkit, one in nbd-server), so that what is more waits. A
+//!   server that is fast is left alone: then it is the CPUs that are short, and a hop and small batches cost.
 //!
 //! More connections are opened in the background, where the server allows several (`CAN_MULTI_CONN`): for a lane that
-//! has sent a few requests by others', and for one whose own have a lot in flight. What the server does not let us
+//! has sent a few requests by others', and for one whose own are slow. What the server does not let us
 //! have is done without. After a loss none is opened: the server may be another one, which has never had what this one has
 //! acknowledged and not flushed.
 
@@ -23,14 +24,12 @@ use smol::Task;
 use smol::channel::{self, Sender};
 
 use super::abandoned::Abandoned;
-use super::connection::{Connection, Driver};
+use super::connection::{BUSY, Connection, Driver};
 use super::dial::{Dialer, Export};
 use super::wire::transmission_flag;
 use crate::io::Io;
 use crate::pool;
 
-/// A connection with so much in flight, in [`Connection::load`]'s units, has enough to do.
-const BUSY: usize = 16;
 /// After so many requests by other lanes' connections a lane asks for one of its own.
 const GUEST: u32 = 16;
 /// How long a further connection may take, in the background: a server that has no room for it may just not answer.
@@ -252,7 +251,7 @@ impl Ways {
         let own = self.own.borrow();
         let best = least_loaded(&own);
         if let Some(best) = best
-            && best.load() < BUSY
+            && (best.load() < BUSY || !best.is_slow())
         {
             return best.clone();
         }

@@ -204,6 +204,8 @@ pub struct Table {
     direct_reads: usize,
     /// Slots that became free since [`Table::take_freed`].
     freed: usize,
+    /// What was answered since [`Table::take_answered`], by [`weight`].
+    answered: usize,
     /// Those of the disk.
     abandoned: Arc<Abandoned>,
 }
@@ -217,6 +219,7 @@ impl Table {
             free: (0..MAX_IN_FLIGHT).rev().collect(),
             direct_reads: 0,
             freed: 0,
+            answered: 0,
         }
     }
 
@@ -278,6 +281,11 @@ impl Table {
     /// How many slots became free since the last call: so many permits go back.
     pub fn take_freed(&mut self) -> usize {
         std::mem::take(&mut self.freed)
+    }
+
+    /// How much was answered since the last call, by [`weight`].
+    pub fn take_answered(&mut self) -> usize {
+        std::mem::take(&mut self.answered)
     }
 
     /// Whether a large payload may come next, so that little should be read ahead of it.
@@ -425,6 +433,8 @@ impl Table {
         }
         entry.done = true;
         wakers.extend(entry.waker.take());
+        self.answered += weight(entry.command, entry.length);
+        let entry = self.entry(cookie).expect("it is the one that was just completed");
         let direct = is_direct(entry);
         self.direct_reads -= usize::from(direct);
         self.settle(cookie);
@@ -481,6 +491,12 @@ impl Table {
         }
         self.settle(cookie);
     }
+}
+
+/// How much work a request is: one, and one more for each 64 KiB of its payload.
+pub fn weight(command: Command, length: u64) -> usize {
+    let payload = if matches!(command, Command::Read | Command::Write) { length } else { 0 };
+    1 + (payload >> 16) as usize
 }
 
 fn is_direct(entry: &Entry) -> bool {
