@@ -57,6 +57,8 @@ const LONG_TURN: usize = 256;
 /// ... or few, where the thread's ring does the backend's I/O. A disk that completes a whole queue at once idles until it
 /// is given something again, so answers must not leave in one large batch, and clients must have the time to ask.
 const SHORT_TURN: usize = 4;
+/// What a large request counts for a thread's place, in small ones.
+const MANY: usize = 16;
 /// A backend with less than so much I/O in flight is given more at once.
 const HUNGRY: usize = 8;
 
@@ -337,7 +339,8 @@ impl<B: Backend> Loop<B> {
         let (mut requests, mut small) = (0, false);
         let reaped = self.entries.reap(|completed| {
             let Ok(memory) = completed else { return self.connection_end.note() };
-            requests += 1;
+            // A large one is worth another CPU by itself: its client goes on with what it has.
+            requests += if peers::is_large(&memory) { MANY } else { 1 };
             if !self.waits {
                 pin.request_of(memory.head_struct::<InHeader>(uring_header::IN_OUT).pid);
             }

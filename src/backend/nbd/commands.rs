@@ -223,6 +223,16 @@ impl Commands {
         if what == Seek::Hole { Ok(size) } else { Err(io::Error::from_raw_os_error(libc::ENXIO)) }
     }
 
+    /// Whether the server tells where its holes are.
+    pub fn tells_holes(&self) -> bool {
+        self.export.base_allocation.is_some()
+    }
+
+    /// Asks for the extents from `at` on, for `extents` to remember.
+    pub async fn learn(&self, at: u64, extents: &Extents) -> io::Result<()> {
+        self.ask_status(at, Seek::Data, extents).await.map(drop)
+    }
+
     /// Asks for the extents from `at` on, and looks for `what` in them. There is progress: what is not found is not
     /// before a place behind `at`.
     async fn ask_status(&self, at: u64, what: Seek, extents: &Extents) -> io::Result<Found> {

@@ -43,6 +43,9 @@ const MAX_REMEMBERED: usize = 64 << 10;
 /// How many written ranges an ask under way keeps apart; the last one grows to hold the rest.
 const MAX_WRITTEN: usize = 256;
 
+/// How many readers that go in order are told apart.
+const READERS: usize = 64;
+
 /// How far the first BLOCK_STATUS asks, in bytes.
 const FIRST_REACH: u64 = 64 << 20;
 /// No less is asked for, in bytes: full of single sectors it has twice as many extents as are kept of an answer.
@@ -70,6 +73,9 @@ struct State {
     reach: u64,
     /// How many there were.
     asked: u64,
+    /// Where the last reads have ended, so that reads in order are told from others.
+    ends: [u64; READERS],
+    next_end: usize,
 }
 
 /// An extent, but for its start.
@@ -77,6 +83,15 @@ struct State {
 struct Piece {
     end: u64,
     zero: bool,
+}
+
+/// What is known of a range that is to be read.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Look {
+    /// What has to be read: the rest, before and behind it, is zeroes. It is empty if all is.
+    pub read: Range<u64>,
+    /// It is one of several reads in order, and nothing is known from here on.
+    pub ask_from: Option<u64>,
 }
 
 /// Where a search has come to.
@@ -92,6 +107,11 @@ impl Extents {
     /// Looks for `what` at or after `from` in what is remembered.
     pub fn find(&self, from: u64, what: Seek) -> Found {
         self.with(|state| state.find(from, what))
+    }
+
+    /// Looks what of `range` is known to be zeroes, before a read of it.
+    pub fn look(&self, range: Range<u64>) -> Look {
+        self.with(|state| state.look(range))
     }
 
     /// A BLOCK_STATUS is about to be sent. It must not ask for more than `longest` bytes.
@@ -214,6 +234,8 @@ impl Default for State {
             asks: Slab::new(),
             reach: FIRST_REACH,
             asked: 0,
+            ends: [u64::MAX; READERS],
+            next_end: 0,
         }
     }
 }
@@ -239,6 +261,39 @@ impl State {
             // Neighbours differ.
             Some((_, piece)) if self.known.contains_key(&piece.end) => Found::At(piece.end),
             Some((_, piece)) => Found::NotBefore(piece.end),
+        }
+    }
+
+    fn look(&mut self, range: Range<u64>) -> Look {
+        let goes_on = self.goes_on(&range);
+        let (start, unknown) = match self.find(range.start, Seek::Data) {
+            Found::At(data) => (data.min(range.end), None),
+            Found::NotBefore(at) if at >= range.end => (range.end, None),
+            Found::NotBefore(at) => (at, Some(at)),
+        };
+        let mut end = range.end;
+        // From the end backwards, as far as holes follow each other: neighbours differ, so it is one at most.
+        if let Some((&at, piece)) = self.known.range(..end).next_back()
+            && piece.zero
+            && piece.end >= end
+        {
+            end = at.max(start);
+        }
+        Look { read: start..end, ask_from: unknown.filter(|_| goes_on) }
+    }
+
+    /// Whether a read goes on where another has ended.
+    fn goes_on(&mut self, range: &Range<u64>) -> bool {
+        match self.ends.iter_mut().find(|end| **end == range.start) {
+            Some(end) => {
+                *end = range.end;
+                true
+            }
+            None => {
+                self.ends[self.next_end] = range.end;
+                self.next_end = (self.next_end + 1) % READERS;
+                false
+            }
         }
     }
 
@@ -316,6 +371,24 @@ mod tests {
 
     fn learn(extents: &Extents, start: u64, lengths: &[u64], first_is_zero: bool) {
         extents.ask(SIZE).answered(&(start..SIZE), &told(lengths, first_is_zero), SIZE);
+    }
+
+    #[test]
+    fn reads_leave_known_holes_out_and_ask_when_they_go_on() {
+        let extents = Extents::default();
+        let look = |range| extents.look(range);
+        assert_eq!(look(0..100), Look { read: 0..100, ask_from: None });
+        assert_eq!(look(500..600), Look { read: 500..600, ask_from: None }, "not in order");
+        assert_eq!(look(100..200), Look { read: 100..200, ask_from: Some(100) });
+        // A hole, data, a hole, and what is not known.
+        learn(&extents, 0, &[150, 100, 250], true);
+        assert_eq!(look(0..150), Look { read: 150..150, ask_from: None });
+        assert_eq!(look(100..300), Look { read: 150..250, ask_from: None });
+        assert_eq!(look(200..600), Look { read: 200..600, ask_from: None });
+        assert_eq!(look(300..400), Look { read: 400..400, ask_from: None });
+        assert_eq!(look(400..600), Look { read: 500..600, ask_from: Some(500) });
+        drop(extents.changing(300..301));
+        assert_eq!(look(260..400), Look { read: 300..301, ask_from: None });
     }
 
     /// What is known, and that neighbours differ.

@@ -4,8 +4,8 @@
 //! uri ── dial ── handshake (over socket or tls)                    start-up, blocking
 //!          │
 //!   NbdLane ┬ blocks ─ commands ─ connections ─ connection ┬ requests ─┐     serving, asynchronous
-//!           └ ahead      │                                 ├ inflight  ├ stream
-//!                     extents                              └ replies  ─┘
+//!           └ ahead ─ holes ─ extents                      ├ inflight  ├ stream
+//!                                                          └ replies  ─┘
 //! ```
 //!
 //! Where the server allows several connections (`CAN_MULTI_CONN`) a lane that has much to send gets some of its own,
@@ -25,13 +25,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use self::ahead::{Ahead, Reads};
+use self::ahead::{Ahead, Reads, Source};
 use self::blocks::Blocks;
 use self::commands::Commands;
 use self::connection::Connection;
 use self::connections::Connections;
 use self::dial::{Dialer, Export};
 use self::extents::Extents;
+use self::holes::Sparse;
 use self::wire::transmission_flag;
 use super::range_lock::RangeLock;
 use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
@@ -53,6 +54,7 @@ mod dial;
 pub mod error;
 mod extents;
 mod handshake;
+mod holes;
 mod inflight;
 pub mod info;
 mod pages;
@@ -99,7 +101,7 @@ pub struct NbdBackend {
     /// Over all lanes: see [`blocks`].
     lock: Arc<RangeLock>,
     unflushed: Unflushed,
-    extents: Extents,
+    extents: Arc<Extents>,
     ahead: Arc<Ahead>,
 }
 
@@ -145,7 +147,7 @@ impl NbdBackend {
             connected: (now.as_secs() as i64, now.subsec_nanos()),
             lock: Arc::default(),
             unflushed: Unflushed::default(),
-            extents: Extents::default(),
+            extents: Arc::default(),
             ahead: Arc::default(),
         })
     }
@@ -174,11 +176,13 @@ impl Backend for NbdBackend {
     fn lane(self: &Arc<Self>, io: &Rc<Io>) -> io::Result<NbdLane> {
         let commands = Commands::of_lane(self.connections.lane(io));
         let blocks = Rc::new(Blocks::new(commands, self.lock.clone()));
+        let sparse = Rc::new(Sparse::new(blocks.clone(), self.extents.clone(), io));
         let size = self.export().size;
         Ok(NbdLane {
             backend: self.clone(),
-            cached: Reads::new(self.ahead.clone(), blocks.clone(), size, io.clone()),
+            cached: Reads::new(self.ahead.clone(), sparse.clone(), size, io.clone()),
             blocks,
+            sparse,
         })
     }
 
@@ -263,8 +267,10 @@ impl NbdBackend {
 pub struct NbdLane {
     backend: Arc<NbdBackend>,
     blocks: Rc<Blocks>,
-    /// Reads for the page cache.
-    cached: Reads<Blocks>,
+    /// Reads for the page cache: as they come, ...
+    sparse: Rc<Sparse>,
+    /// ... and ahead of them.
+    cached: Reads<Sparse>,
 }
 
 impl NbdLane {
@@ -297,11 +303,11 @@ impl Lane for NbdLane {
     }
 
     async fn read_cached(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
-        if !self.backend.ahead.is_on() {
-            return self.read(offset, buf).await;
-        }
         let length = self.before_end(offset, buf.len() as u64) as usize;
-        self.cached.read(offset, &mut buf[..length]).await?;
+        match self.backend.ahead.is_on() {
+            true => self.cached.read(offset, &mut buf[..length]).await?,
+            false => self.sparse.read(offset, &mut buf[..length]).await?,
+        }
         Ok(length)
     }
 

@@ -49,7 +49,6 @@ use smol::Timer;
 use self::buffers::{Buffer, Buffers};
 use self::streams::STOPPED;
 use self::table::{Chunk, Expiry, Fetch, Found, Plan, Table};
-use super::blocks::Blocks;
 use super::commands::all;
 use crate::io::Io;
 
@@ -69,12 +68,6 @@ const MAX_CHUNKS: usize = 128;
 pub trait Source: 'static {
     /// Fills `buf` from `offset`.
     fn read(&self, offset: u64, buf: &mut [u8]) -> impl Future<Output = io::Result<()>>;
-}
-
-impl Source for Blocks {
-    async fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        Blocks::read(self, offset, buf).await
-    }
 }
 
 /// What is read ahead of all readers of a disk.
