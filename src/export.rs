@@ -353,7 +353,8 @@ impl<B: Backend> Export<B> {
 
     /// Drops from the page cache what was just changed past it.
     ///
-    /// The kernel has done so before the change; but a page that somebody has read since then may be older than it.
+    /// The kernel has done so before the change; but a page that somebody has read since then may be older than it, and
+    /// only recent kernels do so afterwards as well (6.18 does).
     async fn drop_cached(&self, offset: u64, len: u64) {
         let Some(notifier) = self.notifier.get() else { return };
         if let Err(e) = notifier.invalidate(offset, len).await {

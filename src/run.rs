@@ -284,15 +284,9 @@ fn serve<B: Backend>(
             export.backend().set_read_ahead(config.read_ahead);
         }
     }
-    log::info!(
-        "{} is at {}{}",
-        config.source,
-        mount.path().display(),
-        if export.writable() { "" } else { ", read-only" }
-    );
-
     let announced = control
         .tell_size(mount.path(), &export)
+        .inspect(|()| log_place(config, mount.path(), export.writable()))
         .and_then(|()| control.announce(config, mount.path(), &mut pidfile, background));
     if announced.is_err() {
         control.stop_at_once();
@@ -326,6 +320,11 @@ fn serve<B: Backend>(
         sys::exit_now(i32::from(result.unwrap_or_else(|failure| failure.status())));
     }
     result
+}
+
+fn log_place(config: &Config, path: &Path, writable: bool) {
+    let read_only = if writable { "" } else { ", read-only" };
+    log::info!("{} is at {}{read_only}", config.source, path.display());
 }
 
 /// The page cache that is asked for: by default in front of remote disks. A local image's pages are in memory already,

@@ -51,8 +51,8 @@ pub fn loop_device_carries_a_file_system(case: &Case) {
     let image = case.image(&vec![0; 32 << 20]);
     let export = case.export(&image, &[]);
     let exported = export.file().to_owned();
-    {
-        let device = LoopDevice::new(&exported, &["--direct-io=on"]);
+    for direct in ["on", "off"] {
+        let device = LoopDevice::new(&exported, &[&format!("--direct-io={direct}")]);
         succeed(&mut program("mkfs.ext4", ["-q", "-E", "nodiscard", &device.0]));
         let mounted = Mounted::new("rw", &device.0);
         succeed(program("cp", ["-a", "-T"]).args([tree.path(), mounted.0.path()]));

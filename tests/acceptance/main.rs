@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod cache;
 mod clients;
 mod errors;
 mod holes;
@@ -37,17 +38,17 @@ fn main() -> ExitCode {
         modes::chmod_and_chown_within_what_makes_sense,
         modes::other_user_is_shut_out_unless_allowed ["root"],
         modes::owner_can_be_chosen ["root"],
-        modes::times_can_be_set,
+        modes::times_can_be_set if |k| !k.writeback,
         modes::reads_leave_the_images_access_time if |k| k.regular,
         // 8-10
-        size::fixed_disk_ends_where_it_ends,
+        size::fixed_disk_ends_where_it_ends if |k| !k.writeback,
         size::growable_disk_grows if |k| k.resizable,
         size::truncate_keeps_both_lengths_equal if |k| k.resizable,
-        size::size_that_others_have_changed_is_known if |k| k.regular,
+        size::size_that_others_have_changed_is_known if |k| k.regular && !k.writeback,
         size::appends_beside_stat_are_read_back if |k| k.resizable,
         size::fallocate_past_the_end_grows if |k| k.resizable,
-        size::disk_of_fixed_size_keeps_it,
-        size::o_trunc_never_lets_old_bytes_through,
+        size::disk_of_fixed_size_keeps_it if |k| !k.writeback,
+        size::o_trunc_never_lets_old_bytes_through if |k| !k.writeback,
         size::refused_o_trunc_disturbs_nobody ["python3"],
         size::growable_disk_is_emptied_by_o_trunc if |k| k.resizable,
         // 11-13
@@ -55,7 +56,7 @@ fn main() -> ExitCode {
         holes::punch_hole_is_refused_where_it_cannot_be if |k| !k.punches,
         holes::zero_range_zeroes,
         holes::other_fallocate_modes_are_refused,
-        holes::seek_shows_the_images_holes,
+        holes::seek_shows_the_images_holes if |k| !k.writeback,
         holes::copies_keep_the_holes if |k| k.counts_blocks && k.visible,
         holes::stat_and_statfs_are_sensible,
         // 14-16, 18
@@ -67,6 +68,15 @@ fn main() -> ExitCode {
         io::unaligned_io_matches_a_model,
         io::parallel_writers_do_not_mix,
         io::durable_writes_reach_the_image,
+        // The page cache
+        cache::direct_and_cached_clients_see_each_others_writes,
+        cache::first_open_sees_what_others_wrote if |k| k.visible && !k.keeps_cache(),
+        cache::open_file_sees_what_others_wrote if |k| k.visible && !k.is_cached() && !k.name.starts_with("loop"),
+        cache::kept_cache_asks_for_nothing_twice if |k| k.keeps_cache(),
+        cache::written_pages_reach_the_source_in_time ["python3"] if |k| k.writeback && k.visible,
+        cache::pages_that_are_lost_are_told_of ["root", "python3"] if |k| k.writeback,
+        cache::writes_past_the_end_come_to_an_end if |k| k.writeback,
+        cache::holes_are_data_while_somebody_writes if |k| k.writeback && k.shows_holes,
         clients::loop_device_carries_a_file_system ["loop", "mkfs.ext4", "e2fsck"],
         clients::qemu_img_agrees ["qemu-img"] if |k| k.visible,
         // 17-19

@@ -31,6 +31,8 @@ pub struct Kind {
     pub frees: bool,
     /// A second writable export of it is refused.
     pub locked: bool,
+    /// The kernel owns the size, and keeps writes for a while.
+    pub writeback: bool,
 }
 
 const FILE: Kind = Kind {
@@ -46,6 +48,7 @@ const FILE: Kind = Kind {
     punches: true,
     frees: true,
     locked: true,
+    writeback: false,
 };
 const LOOP: Kind = Kind {
     name: "loop",
@@ -64,6 +67,8 @@ const NBD: Kind = Kind {
     needs: &["fuse", "nbd", "nbdkit"],
     ..FILE
 };
+const NBDKIT: Kind =
+    Kind { name: "nbdkit-unix", make: |s, b| nbdkit(s, b, Address::unix(s), &[], &[]), ..NBD };
 const QEMU_NBD: Kind = Kind { needs: &["fuse", "nbd", "qemu-nbd"], ..NBD };
 const NBD_SERVER: Kind = Kind {
     needs: &["fuse", "nbd", "nbd-server"],
@@ -80,7 +85,7 @@ pub const KINDS: &[Kind] = &[
     Kind { name: "mem", make: memory, visible: false, regular: false, locked: false, ..FILE },
     LOOP,
     Kind { name: "loop-direct", options: &["--direct"], ..LOOP },
-    Kind { name: "nbdkit-unix", make: |s, b| nbdkit(s, b, Address::unix(s), &[], &[]), ..NBD },
+    NBDKIT,
     Kind { name: "nbdkit-tcp", make: |s, b| nbdkit(s, b, Address::tcp(), &[], &[]), ..NBD },
     // The whole blocks of a disk with large ones
     Kind {
@@ -116,6 +121,22 @@ pub const KINDS: &[Kind] = &[
         punches: false,
         ..NBD
     },
+    // The page cache in each mode, before a disk that is here and one that is not
+    Kind {
+        name: "tmpfs-writethrough",
+        options: &["--cache=writethrough"],
+        make: tmpfs_file,
+        ..FILE
+    },
+    Kind {
+        name: "tmpfs-writeback",
+        options: &["--cache=writeback", "--kernel-cache"],
+        make: tmpfs_file,
+        writeback: true,
+        ..FILE
+    },
+    Kind { name: "nbdkit-none", options: &["--cache=none"], ..NBDKIT },
+    Kind { name: "nbdkit-writeback", options: &["--cache=writeback"], writeback: true, ..NBDKIT },
     Kind { name: "qemu-nbd-unix", make: |s, b| qemu_nbd(s, b, Address::unix(s)), ..QEMU_NBD },
     Kind { name: "qemu-nbd-tcp", make: |s, b| qemu_nbd(s, b, Address::tcp()), ..QEMU_NBD },
     Kind { name: "nbd-server-unix", make: |s, b| nbd_server(s, b, Address::unix(s)), ..NBD_SERVER },
@@ -123,6 +144,20 @@ pub const KINDS: &[Kind] = &[
 ];
 
 impl Kind {
+    /// The page cache is in front of it.
+    pub fn is_cached(&self) -> bool {
+        let is_remote = self.needs.contains(&"nbd");
+        let asks_for = |mode: &str| self.options.contains(&mode);
+        asks_for("--cache=writethrough")
+            || asks_for("--cache=writeback")
+            || is_remote && !asks_for("--cache=none")
+    }
+
+    /// What the page cache holds outlives the last close.
+    pub fn keeps_cache(&self) -> bool {
+        self.options.contains(&"--kernel-cache")
+    }
+
     pub fn of(name: &str) -> &'static Kind {
         KINDS.iter().find(|kind| kind.name == name).expect("a kind's name")
     }

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use libc::{EIO, ENOSPC, EOPNOTSUPP, O_DIRECT};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 
+use crate::common::export::Export;
 use crate::common::image::patchy;
-use crate::common::nbd::Server;
+use crate::common::nbd::{Address, Server};
 use crate::common::{Aligned, Random, assert_errno, noise, program, succeed};
 use crate::{Bench, SIZE, open};
 
@@ -169,6 +170,77 @@ fn connections(server: &Server) -> usize {
     let links = fds.map(|fd| fd.unwrap().path().read_link().unwrap_or_default());
     // It listens on one.
     links.filter(|to| to.to_string_lossy().starts_with("socket:")).count() - 1
+}
+
+/// The kernel drops a page before a direct write of it. One that is read before the server has written it is old, and
+/// has to be dropped too.
+pub fn page_read_beside_a_direct_write_is_not_kept(bench: &Bench) {
+    let disk = bench.disk(&vec![1; SIZE]);
+    let words = ["--filter=delay", "file", disk.to_str().unwrap(), "wdelay=200ms"];
+    let (_server, uri) = bench.nbdkit(&words);
+    let mut export = bench.export(&uri);
+    let (cached, direct) = (open(export.file(), 0), open(export.file(), O_DIRECT));
+    let byte = || {
+        let mut byte = [0];
+        cached.read_exact_at(&mut byte, 5000).unwrap();
+        byte[0]
+    };
+    for version in 2..6 {
+        std::thread::scope(|scope| {
+            let data = vec![version; 8192];
+            let direct = &direct;
+            let writer = scope.spawn(move || direct.write_all_at(&Aligned::of(&data), 0).unwrap());
+            while !writer.is_finished() {
+                byte();
+            }
+        });
+        assert_eq!(byte(), version);
+    }
+    drop((cached, direct));
+    export.stop(libc::SIGTERM).assert(0, &[]);
+}
+
+/// 64 requests at a time of each of four clients.
+fn load(export: &Export) {
+    let fio = ["--name=load", "--rw=randrw", "--bs=4k", "--iodepth=64", "--ioengine=libaio"];
+    let said = succeed(
+        program("fio", fio)
+            .args(["--direct=1", "--numjobs=4", "--thread", "--group_reporting", "--norandommap"])
+            .args(["--allow_file_create=0", "--size=4M", "--time_based", "--runtime=2"])
+            .arg(format!("--filename={}", export.file().display())),
+    );
+    assert!(said.contains("err= 0"), "{said}");
+}
+
+pub fn connections_are_opened_when_they_are_needed(bench: &Bench) {
+    let disk = bench.disk(&patchy(SIZE));
+    let words = ["--filter=delay", "file", disk.to_str().unwrap(), "rdelay=2ms", "wdelay=2ms"];
+    for (options, most) in [(&["--connections=1"][..], 1), (&["--connections=3"], 3), (&[], 8)] {
+        let address = Address::Unix(bench.sandbox.join(&format!("nbd-{most}.socket")));
+        let server = Server::nbdkit(&address, words);
+        let mut export = bench.try_export(&address.uri(""), options).unwrap();
+        open(export.file(), O_DIRECT).read_exact_at(&mut Aligned::new(4096), 0).unwrap();
+        assert_eq!(connections(&server), 1, "{options:?}: for one request");
+        load(&export);
+        let under_load = connections(&server);
+        assert!(under_load <= most, "{options:?}: {under_load} connections");
+        assert_eq!(under_load > 1, most > 1, "{options:?}: {under_load} connections");
+        export.stop(libc::SIGTERM).assert(0, &[]);
+    }
+}
+
+/// A server that says that it allows several, and has no room for them.
+pub fn refused_connections_are_done_without(bench: &Bench) {
+    let disk = bench.disk(&patchy(SIZE));
+    let delay = ["--filter=limit", "--filter=delay", "file", disk.to_str().unwrap()];
+    let words = [&delay[..], &["rdelay=2ms", "wdelay=2ms", "limit=1"]].concat();
+    let (server, uri) = bench.nbdkit(&words);
+    let mut export = bench.export(&uri);
+    load(&export);
+    assert_eq!(connections(&server), 1);
+    let ended = export.stop(libc::SIGTERM);
+    ended.assert(0, &["no more than 1 connections"]);
+    assert!(ended.warnings().is_empty(), "{}", ended.log);
 }
 
 pub fn one_connection_is_enough(bench: &Bench) {

@@ -55,6 +55,8 @@ struct Shared {
     lanes: Slab<Home>,
     /// How many connections there may be.
     most: usize,
+    /// It is over: one that is still being opened is not needed any more.
+    is_closed: bool,
 }
 
 struct Member {
@@ -88,6 +90,7 @@ impl Connections {
                 all: vec![Member { connection: first, home: None }],
                 lanes: Slab::new(),
                 most,
+                is_closed: false,
             }),
         })
     }
@@ -100,6 +103,12 @@ impl Connections {
     /// All there are, lost ones included.
     pub fn all(&self) -> Vec<Arc<Connection>> {
         self.shared().all.iter().map(|member| member.connection.clone()).collect()
+    }
+
+    /// All there are, and there will be no more.
+    pub fn close(&self) -> Vec<Arc<Connection>> {
+        self.shared().is_closed = true;
+        self.all()
     }
 
     /// The calling thread's way to them. It drives those that it is the home of.
@@ -166,6 +175,9 @@ impl Connections {
     /// One more, which `for_lane` has asked for.
     pub fn add(&self, connection: Arc<Connection>, for_lane: usize) {
         let mut shared = self.shared();
+        if shared.is_closed {
+            return connection.disconnect();
+        }
         let home = shared.home_for(for_lane);
         if let Some(home) = home {
             shared.drive(home, &connection);

@@ -230,7 +230,7 @@ impl Backend for NbdBackend {
             n => log::info!("block status: {n} commands"),
         }
         self.ahead.log_use();
-        let connections = self.connections.all();
+        let connections = self.connections.close();
         let flushed = self.flush_over_any(&connections, LAST_FLUSH_LIMIT);
         connections.iter().for_each(|connection| connection.disconnect());
         flushed
