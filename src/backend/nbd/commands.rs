@@ -15,9 +15,7 @@ use super::connections::Ways;
 use super::dial::Export;
 use super::extents::{Extents, Found};
 use super::inflight::{Extent, Sending};
-use super::wire::{
-    Command, DEFAULT_MAX_PAYLOAD, FLAG_FUA, FLAG_NO_HOLE, Headers, transmission_flag,
-};
+use super::wire::{Command, FLAG_FUA, FLAG_NO_HOLE, Headers, transmission_flag};
 use crate::backend::{Seek, Zero};
 
 /// The longest WRITE_ZEROES, in bytes: a longer one could keep the server busy past everyone's
@@ -30,6 +28,10 @@ const WRITTEN_ZEROES: u64 = 1 << 20;
 /// How far a BLOCK_STATUS asks at most where 64 bits can say it, in bytes: what the server can look through within
 /// everyone's patience.
 const MAX_STATUS: u64 = 1 << 40;
+
+/// The longest READ and WRITE that are sent as one, in bytes: what is longer goes in pieces at once, of which the server
+/// receives or sends one while it stores or fetches another, and by several connections if one is slow.
+const PIECE: u32 = 512 << 10;
 
 /// Which connection carries a command.
 #[derive(Clone)]
@@ -65,7 +67,7 @@ impl Commands {
 
     fn new(route: Route, export: Export) -> Commands {
         let sizes = export.block_sizes;
-        let longest = sizes.maximum.min(DEFAULT_MAX_PAYLOAD);
+        let longest = sizes.maximum.min(PIECE);
         let max_payload = (longest - longest % sizes.minimum) as usize;
         Commands { route, export, max_payload, minimum: sizes.minimum.into() }
     }

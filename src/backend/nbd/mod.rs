@@ -323,6 +323,10 @@ impl Lane for NbdLane {
     }
 
     async fn flush(&self) -> io::Result<()> {
+        // A close after an fsync, or of a file that was never written: there is nothing to make durable.
+        if !self.backend.unflushed.any() {
+            return Ok(());
+        }
         let mark = self.backend.unflushed.mark();
         self.blocks.commands().flush().await?;
         self.backend.unflushed.flushed_to(mark);
