@@ -277,6 +277,11 @@ fn serve<B: Backend>(
             return control.last_flush(config, &export).and(Err(failure));
         }
     };
+    if config.kernel_cache && export.cache() == Cache::None {
+        log::warn!(
+            "--kernel-cache: there is no page cache in front of a local disk (see --cache writethrough)"
+        );
+    }
     if export.cache() != Cache::None {
         // The kernel's own reads straight into the page cache. Who may not set it has only its default of 128 KiB.
         if let Err(e) = mount.set_read_ahead(config.read_ahead) {

@@ -41,6 +41,10 @@ const WANTED: u64 = init::ASYNC_READ
     | init::INIT_EXT
     | init::DIRECT_IO_ALLOW_MMAP;
 
+/// Requests of the page cache in flight, each of 1 MiB at most, beyond which the kernel does not read ahead: two windows of
+/// [`Options::read_ahead`] for several readers at once, and 32 MiB of ours.
+const READ_AHEAD_REQUESTS: u16 = 32;
+
 /// Entries of each ring queue, unless the user says otherwise: between these, and all queues together as
 /// many as [`RING_REQUESTS`]. The kernel's queue is that of the submitter's CPU and spills to no other, so a
 /// queue needs what one client keeps in flight. Each maps 1 MiB, of which pages become resident when they are used.
@@ -428,7 +432,9 @@ fn init_reply(offer: &InitIn, in_flight: usize, wanted: u64, read_ahead: u64) ->
         flags: granted as u32,
         flags2: (granted >> 32) as u32,
         max_background,
-        congestion_threshold: (u32::from(max_background) * 3 / 4).max(1) as u16,
+        // With so many under way it reads no further ahead, and writes nothing back that nobody waits for. Direct I/O, which
+        // counts as background too, goes on.
+        congestion_threshold: max_background.clamp(1, READ_AHEAD_REQUESTS),
         max_write: PAYLOAD_LEN as u32,
         time_gran: 1,
         max_pages: (PAYLOAD_LEN / 4096) as u16,
@@ -451,7 +457,7 @@ mod tests {
         let offer = InitIn { flags: init::ASYNC_DIO as u32, ..Default::default() };
         let reply = init_reply(&offer, 256, WANTED, 0);
         assert_eq!((reply.flags, reply.flags2), (init::ASYNC_DIO as u32, 0));
-        assert_eq!((reply.max_background, reply.congestion_threshold), (256, 192));
+        assert_eq!((reply.max_background, reply.congestion_threshold), (256, READ_AHEAD_REQUESTS));
     }
 
     #[test]

@@ -492,7 +492,8 @@ fn a_server_that_dies_fails_requests_with_eio() {
             assert_eq!(read.await, libc::EIO);
         }
         assert_eq!(errno(lane.write(0, &[0; 10], false).await), libc::EIO);
-        assert_eq!(errno(lane.flush().await), libc::EIO);
+        // Nothing was acknowledged that could be lost.
+        lane.flush().await.unwrap();
     });
     backend.last_flush().unwrap();
 }
