@@ -141,6 +141,7 @@ impl Connections {
             guest: Cell::new(0),
             drivers,
             _driving: driving,
+            _io: io.clone(),
         })
     }
 
@@ -246,6 +247,8 @@ pub struct Ways {
     guest: Cell<u32>,
     drivers: Rc<RefCell<Vec<Driver>>>,
     _driving: Task<()>,
+    /// The task finds it alive as long as it is polled.
+    _io: Rc<Io>,
 }
 
 impl Ways {
