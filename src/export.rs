@@ -415,6 +415,9 @@ impl<B: Backend> Export<B> {
         self.until_size_is_known().await;
         let direct = flags & libc::O_DIRECT as u32 != 0 || self.policy.cache == Cache::None;
         let access = if direct { Access::Direct } else { Access::Cached };
+        if writing && self.policy.cache != Cache::None && !self.policy.keep_cache {
+            self.open_files.dropped().await;
+        }
         let opened = self.open_files.open(access, writing);
         let mut flags = match access {
             Access::Direct => abi::FOPEN_DIRECT_IO | abi::FOPEN_PARALLEL_DIRECT_WRITES,

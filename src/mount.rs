@@ -21,6 +21,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags};
 
+use crate::errands::{Errand, Running};
 use crate::sys;
 
 /// The file system type that `mount` and mountinfo show.
@@ -319,9 +320,10 @@ impl Mount {
         self.mountpoint.path()
     }
 
-    /// Where it is now, for other programs.
-    pub fn path_now(&self) -> PathBuf {
-        self.mountpoint.place.path_now()
+    /// Begins something that another process does with the file.
+    pub fn begin(&self, errand: Errand) -> io::Result<Running> {
+        let seen = self.seen.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        errand.begin(&self.mountpoint.place.path_now(), seen.device)
     }
 
     /// Unmounts if nobody uses the file. Not to be called by a thread that serves requests.

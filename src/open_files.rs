@@ -14,8 +14,10 @@ use smol::{Timer, future};
 
 use crate::errno::Errno;
 
-/// The kernel has taken note of an open after this time, and the file counts for those that are opened later.
+/// After this time the kernel has come to the end of an open, which is when it drops what its page cache holds.
 const SETTLED: Duration = Duration::from_millis(100);
+/// How long an open for writing waits for that, unless it is known earlier.
+const WAIT_FOR_DROPS: Duration = Duration::from_millis(20);
 
 /// All open files of an export. Off the data path: only open, close, flushes and failed durable writes come here, and
 /// [`OpenFiles::any_cached`].
@@ -42,6 +44,8 @@ struct OpenFile {
     /// Somebody has closed a descriptor of it. It may have been the last, of which the kernel tells (RELEASE) when it
     /// comes to it.
     may_be_closed: bool,
+    /// Its open drops what the page cache holds. It is over once something is heard of the file.
+    drops: bool,
     /// How many flushes had failed when it was opened, or last told.
     told: u64,
 }
@@ -86,15 +90,31 @@ impl OpenFiles {
         let mut state = self.lock();
         state.last_number += 1;
         let handle = state.last_number << 1 | u64::from(access == Access::Direct);
-        let keeps = |file: &OpenFile| !file.may_be_closed && file.since.elapsed() >= SETTLED;
+        // While somebody may write nothing is dropped: a page whose write is under way would be read again, and stay as it
+        // was before the write.
+        let keeps =
+            |file: &OpenFile| file.writes || !file.may_be_closed && file.since.elapsed() >= SETTLED;
         let is_first = !state.files.values().any(keeps);
         let told = state.failures;
-        let file = OpenFile { since: Instant::now(), writes, may_be_closed: false, told };
+        let (since, drops) = (Instant::now(), is_first);
+        let file = OpenFile { since, writes, may_be_closed: false, drops, told };
         state.files.insert(handle, file);
         if access == Access::Cached {
             self.cached.fetch_add(1, Ordering::SeqCst);
         }
         Opened { handle, is_first }
+    }
+
+    /// For an open for writing: waits until the kernel has dropped what it was told to by the opens before.
+    pub async fn dropped(&self) {
+        loop {
+            let under_way = |file: &OpenFile| {
+                WAIT_FOR_DROPS.checked_sub(file.since.elapsed()).filter(|_| file.drops)
+            };
+            let left = self.lock().files.values().filter_map(under_way).max();
+            let Some(left) = left else { return };
+            Timer::after(left.min(Duration::from_millis(1))).await;
+        }
     }
 
     /// Whether any is open.
@@ -120,7 +140,7 @@ impl OpenFiles {
     /// A descriptor of it is being closed; whether it can be written to.
     pub fn closing(&self, handle: u64) -> bool {
         self.lock().files.get_mut(&handle).is_none_or(|file| {
-            file.may_be_closed = true;
+            (file.may_be_closed, file.drops) = (true, false);
             file.writes
         })
     }
@@ -292,6 +312,29 @@ mod tests {
             files.closing(handle);
         }
         assert!(files.open(Access::Cached, false).is_first, "any close may have been the last");
+    }
+
+    #[test]
+    fn nothing_is_dropped_while_somebody_may_write() {
+        let files = OpenFiles::default();
+        let writer = files.open(Access::Cached, true);
+        assert!(writer.is_first && !files.open(Access::Cached, false).is_first);
+        files.closing(writer.handle);
+        assert!(!files.open(Access::Cached, false).is_first, "another descriptor may be open");
+        files.release(writer.handle);
+        assert!(files.open(Access::Cached, false).is_first);
+    }
+
+    #[test]
+    fn a_writer_waits_for_what_is_being_dropped() {
+        let files = OpenFiles::default();
+        let reader = files.open(Access::Cached, false);
+        let mut dropped = std::pin::pin!(files.dropped());
+        assert!(future::block_on(future::poll_once(dropped.as_mut())).is_none());
+        files.closing(reader.handle);
+        future::block_on(files.dropped());
+        files.open(Access::Cached, false);
+        future::block_on(dropped);
     }
 
     #[test]

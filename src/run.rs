@@ -290,9 +290,9 @@ fn serve<B: Backend>(
         }
     }
     let announced = control
-        .tell_size(mount.path(), &export)
+        .tell_size(&mount, &export)
         .inspect(|()| log_place(config, mount.path(), export.writable()))
-        .and_then(|()| control.announce(config, mount.path(), &mut pidfile, background));
+        .and_then(|()| control.announce(config, &mount, &mut pidfile, background));
     if announced.is_err() {
         control.stop_at_once();
     }
@@ -563,14 +563,14 @@ impl Control {
     }
 
     /// With write-back: lets files be opened once the kernel knows the size.
-    fn tell_size<B: Backend>(&mut self, path: &Path, export: &Export<B>) -> Result<(), Failure> {
+    fn tell_size<B: Backend>(&mut self, mount: &Mount, export: &Export<B>) -> Result<(), Failure> {
         if export.cache() != Cache::Writeback {
             return Ok(());
         }
-        let told = self.run_errand(Errand::Size(export.backend().size()), path);
+        let told = self.run_errand(Errand::Size(export.backend().size()), mount);
         export.size_is_known();
         told.map_err(|e| {
-            let path = path.display();
+            let path = mount.path().display();
             Failure::Serving(format!("{path}: --cache writeback: the size cannot be set: {e}"))
         })
     }
@@ -580,14 +580,14 @@ impl Control {
     fn announce(
         &mut self,
         config: &Config,
-        path: &Path,
+        mount: &Mount,
         pidfile: &mut Option<Pidfile>,
         background: Option<Background>,
     ) -> Result<(), Failure> {
         if pidfile.is_none() && background.is_none() && config.run.is_none() {
             return Ok(());
         }
-        self.run_errand(Errand::Read, path)
+        self.run_errand(Errand::Read, mount)
             .map_err(|e| Failure::Serving(format!("{} cannot be read: {e}", config.source)))?;
         if let Some(pidfile) = pidfile {
             pidfile.write().map_err(|e| Failure::Serving(format!("pidfile: {e}")))?;
@@ -597,7 +597,7 @@ impl Control {
         }
         if let Some(command) = &config.run {
             let mut shell = Command::new("/bin/sh");
-            shell.arg("-c").arg(command).env("DISKFUSE_FILE", path);
+            shell.arg("-c").arg(command).env("DISKFUSE_FILE", mount.path());
             sys::restore_signals(&mut shell, self.signals_before);
             if self.became_io_flusher {
                 sys::end_io_flusher(&mut shell);
@@ -609,9 +609,9 @@ impl Control {
         Ok(())
     }
 
-    /// Waits for an errand on the mount at `path`. A signal ends the wait.
-    fn run_errand(&mut self, errand: Errand, path: &Path) -> io::Result<()> {
-        let mut running = errand.begin(path)?;
+    /// Waits for an errand on the mount. A signal ends the wait.
+    fn run_errand(&mut self, errand: Errand, mount: &Mount) -> io::Result<()> {
+        let mut running = mount.begin(errand)?;
         loop {
             if let Some(outcome) = running.end() {
                 return outcome;
@@ -704,15 +704,20 @@ impl Control {
     fn keep_size<B: Backend>(&mut self, mount: &Mount, export: &Export<B>) {
         if let Some(outcome) = self.sizing.as_mut().and_then(Running::end) {
             self.sizing = None;
-            if let Err(e) = outcome {
-                log::error!("{}: the kernel shows a wrong size: {e}", mount.path().display());
+            match outcome {
+                // It was unmounted meanwhile.
+                Err(e) if e.raw_os_error() == Some(libc::ESTALE) => {}
+                Err(e) => {
+                    log::error!("{}: the kernel shows a wrong size: {e}", mount.path().display())
+                }
+                Ok(()) => {}
             }
         }
         if self.sizing.is_none()
             && let Some(size) = export.take_exceeded_size()
         {
-            self.sizing = Errand::Size(size)
-                .begin(&mount.path_now())
+            self.sizing = mount
+                .begin(Errand::Size(size))
                 .inspect_err(|e| log::error!("{}: its size: {e}", mount.path().display()))
                 .ok();
         }
@@ -798,7 +803,7 @@ impl WriteBack {
         match self {
             WriteBack::NotBegun => {
                 log::warn!("{path}: still in use, what the page cache holds is written");
-                *self = match Errand::WriteBack.begin(&mount.path_now()) {
+                *self = match mount.begin(Errand::WriteBack) {
                     Ok(running) => WriteBack::UnderWay(running),
                     Err(e) => {
                         log::error!("{path}: what the page cache holds is not written: {e}");
