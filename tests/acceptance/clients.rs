@@ -95,7 +95,7 @@ pub fn qemu_img_agrees(case: &Case) {
 
 /// `fsx` writes, maps, truncates and punches at random, and checks each read against its own model.
 pub fn fsx_finds_no_mismatch(case: &Case) {
-    let operations = if case.kind.name == "file" && is_root() { "100000" } else { "10000" };
+    let operations = if case.kind.name == "file" && is_root() { "30000" } else { "10000" };
     let image = case.image(&vec![0; 256 << 10]);
     let export = case.export(&image, &["--growable"]);
     // What is rare flushes the disk, which takes a hundred times as long as the rest.
