@@ -320,7 +320,8 @@ impl<B: Backend> Export<B> {
             Ok(_) => Errno::ENOSPC,
             Err(errno) => *errno,
         };
-        if why == Errno::ENOSPC {
+        let end = offset.saturating_add(u64::from(size));
+        if !self.policy.growable && end > self.backend.size() {
             let mut state = self.size_exceeded();
             if *state == SizeExceeded::No {
                 *state = SizeExceeded::BeingWritten;

@@ -7,25 +7,26 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use smol::Task;
+
 use crate::transport::pace;
 
 /// Runs `work`, which may block, on another thread.
 pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    begin(work).await
+}
+
+/// As [`run`], where nobody waits for the end.
+pub fn start(work: impl FnOnce() + Send + 'static) {
+    begin(work).detach();
+}
+
+fn begin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T> {
     smol::unblock(|| {
         // The pool's threads are started by those that use it, and are where these are pinned.
         pace::unpin();
         work()
     })
-    .await
-}
-
-/// As [`run`], where nobody waits for the end.
-pub fn start(work: impl FnOnce() + Send + 'static) {
-    smol::unblock(|| {
-        pace::unpin();
-        work();
-    })
-    .detach();
 }
 
 /// Reads at `offset` on another thread. The future must be polled to its end.

@@ -243,7 +243,7 @@ pub struct Ways {
     version: Cell<usize>,
     own: RefCell<Vec<Arc<Connection>>>,
     all: RefCell<Vec<Arc<Connection>>>,
-    /// How many requests in a row have gone by other lanes' connections.
+    /// How many requests have gone by other lanes' connections while there was none of its own.
     guest: Cell<u32>,
     drivers: Rc<RefCell<Vec<Driver>>>,
     _driving: Task<()>,
