@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Where the server allows several connections (`CAN_MULTI_CONN`) a lane that has much to send gets some of its own,
-//! driven on its own thread; otherwise lanes share them ([`connections`]).
+//! driven on its own thread; otherwise lanes share them (`connections.rs`).
 //! Transmission is ours, because requests have to be pipelined; servers too old for `NBD_OPT_GO`
 //! are opened by the crate `nbd`.
 //!
