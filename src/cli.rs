@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use argh::{EarlyExit, FromArgs};
 
-use crate::backend::nbd::Uri;
+use crate::backend::nbd::{self, Uri};
 use crate::export::{Cache, Truncate};
 
 /// Show a disk as a file.
@@ -100,6 +100,24 @@ struct Words {
     /// seconds until a server that does not answer counts as unreachable (10)
     #[argh(option, arg_name = "s")]
     connect_timeout: Option<String>,
+
+    /// seconds for which an NBD server that cannot be reached is tried again at the start (0)
+    #[argh(option, arg_name = "s")]
+    open_timeout: Option<String>,
+
+    /// seconds after which a connection on which a request has had no answer counts as lost; 0: never (0)
+    #[argh(option, arg_name = "s")]
+    timeout: Option<String>,
+
+    /// seconds for which requests wait for an NBD server that is gone, and fail then; 0: they fail at once and for
+    /// good (300)
+    #[argh(option, arg_name = "s")]
+    reconnect_timeout: Option<String>,
+
+    /// bytes of acknowledged writes to keep until the NBD server has made them durable, and to write again if it
+    /// crashes; 0: fsync tells of the loss (64M)
+    #[argh(option, arg_name = "size")]
+    unflushed: Option<String>,
 
     /// print what the NBD server at this URI exports, and end
     #[argh(option, arg_name = "uri")]
@@ -201,18 +219,7 @@ pub struct Config {
     /// Serve while this shell command runs.
     pub run: Option<String>,
     /// How to reach a remote source.
-    pub remote: Remote,
-}
-
-/// How to reach a server.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Remote {
-    /// Where the certificates for TLS are; none: the system's.
-    pub tls_certificates: Option<PathBuf>,
-    /// How long a server may take to answer.
-    pub connect_timeout: Duration,
-    /// How many connections there may be; none: chosen from the number of CPUs.
-    pub connections: Option<usize>,
+    pub remote: nbd::Options,
 }
 
 /// What is to be done.
@@ -227,7 +234,7 @@ pub enum Command {
         /// As JSON.
         json: bool,
         /// How to reach it.
-        remote: Remote,
+        remote: nbd::Options,
     },
     /// Say what a server has.
     List {
@@ -236,7 +243,7 @@ pub enum Command {
         /// As JSON.
         json: bool,
         /// How to reach it.
-        remote: Remote,
+        remote: nbd::Options,
     },
     /// Print this and end well.
     Print(String),
@@ -259,7 +266,7 @@ fn usage(why: impl Into<String>) -> UsageError {
 }
 
 /// The options that take a value, for `name=value`.
-const WITH_VALUE: [&str; 11] = [
+const WITH_VALUE: [&str; 15] = [
     "io-uring",
     "queue-depth",
     "truncate",
@@ -271,6 +278,10 @@ const WITH_VALUE: [&str; 11] = [
     "run",
     "tls-certificates",
     "connect-timeout",
+    "open-timeout",
+    "timeout",
+    "reconnect-timeout",
+    "unflushed",
 ];
 /// The options that take none.
 const SWITCHES: [&str; 5] = ["read-only", "growable", "kernel-cache", "direct", "daemonize"];
@@ -312,13 +323,13 @@ const MOUNT_WORDS: [&str; 35] = [
     "nosymfollow",
     "default_permissions",
 ];
-/// How long a server may take to answer, unless the user says otherwise.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How far to read ahead unless the user says otherwise, and at most, in bytes: what keeps a wire of 400 MiB/s full at
 /// 10 ms, and what one reader may cost in memory.
 const READ_AHEADS: (u64, u64) = (4 << 20, 1 << 30);
 /// Connections to a server.
 const CONNECTIONS: std::ops::RangeInclusive<usize> = 1..=256;
+/// What is kept of writes that are not durable, in bytes. Less has no room for a few long requests.
+const UNFLUSHED: std::ops::RangeInclusive<usize> = 4 << 20..=64 << 30;
 /// Requests in flight: the ring's own limit is far above, memory is not.
 const QUEUE_DEPTHS: std::ops::RangeInclusive<usize> = 1..=4096;
 
@@ -389,9 +400,25 @@ impl Words {
                 self.mount_option(option, &mut mount)?;
             }
         }
-        let remote = Remote {
+        let defaults = nbd::Options::default();
+        let remote = nbd::Options {
             tls_certificates: self.tls_certificates.map(PathBuf::from),
-            connect_timeout: parse_seconds(self.connect_timeout.as_deref())?,
+            connect_timeout: parse_seconds("connect-timeout", self.connect_timeout.as_deref(), 1)?
+                .unwrap_or(defaults.connect_timeout),
+            open_timeout: parse_seconds("open-timeout", self.open_timeout.as_deref(), 0)?
+                .unwrap_or(defaults.open_timeout),
+            timeout: parse_seconds("timeout", self.timeout.as_deref(), 0)?
+                .filter(|timeout| !timeout.is_zero()),
+            reconnect_timeout: parse_seconds(
+                "reconnect-timeout",
+                self.reconnect_timeout.as_deref(),
+                0,
+            )?
+            .unwrap_or(defaults.reconnect_timeout),
+            unflushed: match self.unflushed.as_deref() {
+                Some(value) => parse_unflushed(value)?,
+                None => defaults.unflushed,
+            },
             connections: self.connections.as_deref().map(parse_connections).transpose()?,
         };
         let json = self.json;
@@ -495,6 +522,10 @@ impl Words {
             ("run", Some(value)) => self.run = Some(value.into()),
             ("tls-certificates", Some(value)) => self.tls_certificates = Some(value.into()),
             ("connect-timeout", Some(value)) => self.connect_timeout = Some(value.into()),
+            ("open-timeout", Some(value)) => self.open_timeout = Some(value.into()),
+            ("timeout", Some(value)) => self.timeout = Some(value.into()),
+            ("reconnect-timeout", Some(value)) => self.reconnect_timeout = Some(value.into()),
+            ("unflushed", Some(value)) => self.unflushed = Some(value.into()),
             ("truncate", Some(value)) => self.truncate = Some(value.into()),
             ("io-uring", Some(value)) => self.io_uring = Some(value.into()),
             ("queue-depth", Some(value)) => self.queue_depth = Some(value.into()),
@@ -565,7 +596,7 @@ fn parse_connections(value: &str) -> Result<usize, UsageError> {
 }
 
 /// Certificates that nothing would look at: whoever named them expects TLS.
-fn check_certificates(source: &Source, remote: &Remote) -> Result<(), UsageError> {
+fn check_certificates(source: &Source, remote: &nbd::Options) -> Result<(), UsageError> {
     match (source, &remote.tls_certificates) {
         (Source::Nbd(uri), Some(_)) if uri.tls => Ok(()),
         (Source::Nbd(uri), Some(_)) => Err(usage(format!(
@@ -583,11 +614,24 @@ fn parse_depth(value: &str) -> Result<usize, UsageError> {
     })
 }
 
-fn parse_seconds(value: Option<&str>) -> Result<Duration, UsageError> {
-    let Some(value) = value else { return Ok(CONNECT_TIMEOUT) };
-    value.parse().ok().filter(|s| (1..=3600).contains(s)).map(Duration::from_secs).ok_or_else(
-        || usage(format!("--connect-timeout is a number of seconds from 1 to 3600, not {value:?}")),
-    )
+fn parse_seconds(
+    option: &str,
+    value: Option<&str>,
+    least: u64,
+) -> Result<Option<Duration>, UsageError> {
+    const MOST: u64 = 7 * 24 * 3600;
+    let Some(value) = value else { return Ok(None) };
+    let seconds = value.parse().ok().filter(|s| (least..=MOST).contains(s));
+    seconds.map(|s| Some(Duration::from_secs(s))).ok_or_else(|| {
+        usage(format!("--{option} is a number of seconds from {least} to {MOST}, not {value:?}"))
+    })
+}
+
+fn parse_unflushed(value: &str) -> Result<usize, UsageError> {
+    let size = parse_size(value).and_then(|size| usize::try_from(size).ok());
+    size.filter(|size| *size == 0 || UNFLUSHED.contains(size)).ok_or_else(|| {
+        usage(format!("--unflushed is 0, or a number of bytes from 4M to 64G, not {value:?}"))
+    })
 }
 
 fn parse_path(what: &str, text: &str) -> Result<PathBuf, UsageError> {
@@ -802,7 +846,15 @@ mod tests {
         assert_eq!(config.source.to_string(), "nbds://storage/vm1");
         assert_eq!(config.remote.connect_timeout, Duration::from_secs(3));
         assert!(error("nbd://storage/vm1?nonsense=1 b").contains("nonsense"));
-        assert!(error("nbd://storage/vm1 b --connect-timeout 0").contains("from 1 to 3600"));
+        assert!(error("nbd://storage/vm1 b --connect-timeout 0").contains("from 1 to 604800"));
+        let words = "a b -o timeout=5,reconnect-timeout=0,open-timeout=7,unflushed=8M";
+        let remote = self::config(words).remote;
+        assert_eq!(remote.timeout, Some(Duration::from_secs(5)));
+        assert_eq!(remote.reconnect_timeout, Duration::ZERO);
+        assert_eq!((remote.open_timeout, remote.unflushed), (Duration::from_secs(7), 8 << 20));
+        assert_eq!(self::config("a b --timeout 0 --unflushed 0").remote.timeout, None);
+        assert!(error("a b --unflushed 1M").contains("from 4M to 64G"));
+        assert!(error("a b --timeout -1").contains("from 0 to 604800"));
     }
 
     #[test]

@@ -316,7 +316,7 @@ impl<B: Backend> Export<B> {
     /// A write of what the page cache held must be whole: the kernel does not write the rest.
     fn note_write_back(&self, offset: u64, size: u32, written: &Result<Reply, Errno>) {
         let why = match written {
-            Ok(Reply::Written(len)) if *len == size => return,
+            Ok(Reply::Written { len, .. }) if *len == size => return,
             Ok(_) => Errno::ENOSPC,
             Err(errno) => *errno,
         };
@@ -387,7 +387,7 @@ impl<B: Backend> Export<B> {
             // Its own sync may have met, and used up, the report of what others have lost.
             Err(e) if durable => Err(self.flush_has_failed("durable write", e)),
             Err(e) => Err(e.into()),
-            Ok(()) => Ok(Reply::Written(len as u32)),
+            Ok(loan) => Ok(Reply::Written { len: len as u32, loan }),
         }
     }
 
@@ -445,17 +445,20 @@ impl<B: Backend> Export<B> {
         flushed
     }
 
-    /// Sees to it that every open file hears of it, and the exit status.
+    /// Sees to it that every open file hears of it, and the exit status, if something may be lost.
     fn flush_has_failed(&self, what: &str, error: std::io::Error) -> Errno {
         log::error!("{what}: {error}");
+        if error.kind() == std::io::ErrorKind::NotConnected {
+            return Errno::from(error);
+        }
         let errno = Errno::from(error);
         self.open_files.failed(errno);
         errno
     }
 
     /// The end, when nobody is served any more: flushes what was written, and takes leave of the source.
-    pub fn last_flush(&self) -> std::io::Result<()> {
-        self.backend.last_flush()
+    pub fn last_flush(&self, patience: Duration) -> std::io::Result<()> {
+        self.backend.last_flush(patience)
     }
 
     async fn fallocate(
@@ -701,7 +704,7 @@ mod tests {
     use smol::future::{block_on, poll_once, zip};
 
     use super::*;
-    use crate::backend::Stat;
+    use crate::backend::{Loan, Stat};
     use crate::io::Io;
 
     /// A disk that has lost data, and tells the first flush of it, which takes until `told`.
@@ -735,7 +738,7 @@ mod tests {
             Ok(Stat::default())
         }
 
-        fn last_flush(&self) -> io::Result<()> {
+        fn last_flush(&self, _: Duration) -> io::Result<()> {
             Ok(())
         }
     }
@@ -745,8 +748,11 @@ mod tests {
             Ok(buf.len())
         }
 
-        async fn write(&self, _: u64, _: &[u8], durable: bool) -> io::Result<()> {
-            if durable { self.flush().await } else { Ok(()) }
+        async fn write(&self, _: u64, _: &[u8], durable: bool) -> io::Result<Loan> {
+            if durable {
+                self.flush().await?;
+            }
+            Ok(Loan::Over)
         }
 
         async fn flush(&self) -> io::Result<()> {

@@ -30,6 +30,7 @@
 //! | [`transport::ring`] | memory given to the kernel is not used until its completion is reaped |
 //! | [`transport::entries`] | an entry's memory is moved in with the commit, and out with the completion |
 //! | `backend::nbd::inflight` | a buffer is in the table only while a live request borrows it |
+//! | `backend::nbd::stream_copy` | vectors of bytes, aligned where they are written |
 //! | [`pool`] | a buffer on loan stays borrowed until the work has ended |
 
 pub mod backend;
@@ -47,6 +48,7 @@ pub mod logging;
 pub mod mount;
 pub mod open_files;
 pub mod pool;
+pub mod privileges;
 pub mod run;
 pub mod session;
 pub mod stats;

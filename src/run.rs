@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use crate::backend::Backend;
 use crate::backend::file::{self, FileBackend};
 use crate::backend::nbd::{self, NbdBackend, Uri};
-use crate::cli::{CacheWish, Config, Remote, Source, When};
+use crate::cli::{CacheWish, Config, Source, When};
 use crate::daemon::{Background, Pidfile};
 use crate::errands::{Errand, Running};
 use crate::export::{Cache, Export, Policy};
@@ -28,7 +28,7 @@ use crate::info::{self, Listing, LocalInfo, RemoteInfo};
 use crate::mount::{self, Mount, Mountpoint, Unmounted};
 use crate::session::{self, Session};
 use crate::stats::{Stats, Transport};
-use crate::{logging, sys};
+use crate::{logging, privileges, sys};
 
 /// How long clients may go on after the first signal, before their file is taken away.
 const GRACE: Duration = Duration::from_secs(3);
@@ -39,6 +39,8 @@ const RETRY: Duration = Duration::from_millis(100);
 /// How long serving threads may take to end once the connection has ended, before the process ends
 /// without them.
 const LAST_REQUESTS: Duration = Duration::from_secs(5);
+/// How long a source that is away is waited for after a signal.
+const AWAY: Duration = Duration::from_millis(500);
 /// A last flush that takes longer is reported.
 const LONG_FLUSH: Duration = Duration::from_secs(2);
 
@@ -76,6 +78,7 @@ impl std::fmt::Display for Failure {
 pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failure> {
     // Before any thread is started, as what follows: they inherit it.
     let io_flusher = sys::become_io_flusher();
+    let given_up = privileges::give_up(config.run.is_some());
     // So that all of them leave these signals to the control thread.
     let mut control = Control::new(matches!(io_flusher, Ok(true)))
         .map_err(|e| Failure::Serving(format!("signals: {e}")))?;
@@ -83,6 +86,9 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
     logging::write_from_a_thread().map_err(|e| Failure::Serving(format!("the log: {e}")))?;
     if let Err(e) = io_flusher {
         log::info!("clients in this memory cgroup can come to wait for memory for ever: {e}");
+    }
+    if let Err(e) = given_up {
+        log::warn!("privileges that are not needed could not be given up: {e}");
     }
     let source = config.source.clone();
     let stopped = |signal: sys::Signal| {
@@ -93,7 +99,7 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
     };
     match source.clone() {
         Source::Nbd(uri) => {
-            let (to, options) = (uri.clone(), nbd_options(&config.remote));
+            let (to, options) = (uri.clone(), config.remote.clone());
             let connect = move || NbdBackend::connect(&to, &options);
             let backend = control.unless_signalled("connect", connect).map_err(stopped)?;
             serve(config, backend.map_err(|e| remote_failure(&uri, &e))?, control, background)
@@ -111,14 +117,6 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
     }
 }
 
-fn nbd_options(remote: &Remote) -> nbd::Options {
-    nbd::Options {
-        tls_certificates: remote.tls_certificates.clone(),
-        connect_timeout: remote.connect_timeout,
-        connections: remote.connections,
-    }
-}
-
 fn local_failure(e: file::OpenError) -> Failure {
     Failure::Source(e.to_string())
 }
@@ -128,10 +126,10 @@ fn remote_failure(uri: &Uri, e: &nbd::Error) -> Failure {
 }
 
 /// What a source is, as text or JSON.
-pub fn info(source: &Source, json: bool, remote: &Remote) -> Result<String, Failure> {
+pub fn info(source: &Source, json: bool, remote: &nbd::Options) -> Result<String, Failure> {
     let text = match source {
         Source::Nbd(uri) => {
-            let export = nbd::info::info(uri, &nbd_options(remote));
+            let export = nbd::info::info(uri, remote);
             let export = export.map_err(|e| remote_failure(uri, &e))?;
             info::text(&RemoteInfo { source: uri.to_string(), kind: "nbd", export }, json)
         }
@@ -150,8 +148,8 @@ pub fn info(source: &Source, json: bool, remote: &Remote) -> Result<String, Fail
 }
 
 /// What a server has, as text or JSON.
-pub fn list(uri: &Uri, json: bool, remote: &Remote) -> Result<String, Failure> {
-    let exports = nbd::info::list(uri, &nbd_options(remote));
+pub fn list(uri: &Uri, json: bool, remote: &nbd::Options) -> Result<String, Failure> {
+    let exports = nbd::info::list(uri, remote);
     let exports = exports.map_err(|e| remote_failure(uri, &e))?;
     info::text(&Listing { exports }, json).map_err(|e| Failure::Source(format!("{uri}: {e}")))
 }
@@ -516,8 +514,10 @@ impl Control {
     ) -> Result<(), Failure> {
         let (sender, receiver) = mpsc::channel();
         let (flushing, poller) = (export.clone(), self.poller.clone());
+        let is_by_signal = self.stop.as_ref().is_some_and(|stop| stop.is_by_signal);
+        let patience = if is_by_signal { AWAY } else { config.remote.reconnect_timeout };
         let work = move || {
-            let _ = sender.send(flushing.last_flush());
+            let _ = sender.send(flushing.last_flush(patience));
             let _ = poller.notify();
         };
         let source = &config.source;
@@ -664,6 +664,9 @@ impl Control {
             if let Some(mounted) = &mount {
                 self.keep_size(mounted, export);
                 if let Some(stop) = &mut self.stop {
+                    if stop.began.elapsed() >= AWAY {
+                        export.backend().hurry();
+                    }
                     stop.go_on(mounted, export.is_open(), export.cache());
                 }
                 if session.connection_has_ended() || self.stop.as_ref().is_some_and(Stop::is_forced)

@@ -12,6 +12,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::fuse::abi;
 
@@ -50,6 +51,29 @@ pub fn memfd(name: &str) -> io::Result<File> {
     let name = CString::new(name)?;
     // SAFETY: the name is a C string; a descriptor that memfd_create returns is ours.
     unsafe { Ok(File::from(owned(check(libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC))?))) }
+}
+
+/// Ends a TCP connection at once, by a reset: what was not sent yet stays unsent, however many descriptors there are. Fails on
+/// a socket of another kind.
+pub fn reset_connection(socket: &impl AsRawFd) -> io::Result<()> {
+    let to = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    let length = size_of_val(&to) as libc::socklen_t;
+    // SAFETY: the address is as long as it says.
+    unsafe { check(libc::connect(socket.as_raw_fd(), &to, length)).map(drop) }
+}
+
+/// Bounds the growing pauses between retransmissions, and between probes of a closed window. Since Linux 6.15.
+pub fn set_tcp_longest_pause(socket: &impl AsRawFd, pause: Duration) -> io::Result<()> {
+    // include/uapi/linux/tcp.h; libc does not have it yet.
+    const TCP_RTO_MAX_MS: libc::c_int = 44;
+    let ms = libc::c_int::try_from(pause.as_millis()).unwrap_or(libc::c_int::MAX);
+    let length = size_of_val(&ms) as libc::socklen_t;
+    // SAFETY: the value is as long as it says.
+    unsafe {
+        let value = (&raw const ms).cast();
+        let fd = socket.as_raw_fd();
+        check(libc::setsockopt(fd, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, value, length)).map(drop)
+    }
 }
 
 /// A descriptor that adds up wake-ups; not blocking.

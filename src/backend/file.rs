@@ -15,10 +15,11 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::length::Length;
 use super::range_lock::RangeLock;
-use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
+use super::{Backend, Capabilities, Lane, Loan, Seek, Stat, Zero};
 use crate::info::LocalInfo;
 use crate::io::Io;
 use crate::{locks, sys};
@@ -350,7 +351,7 @@ impl Backend for FileBackend {
         })
     }
 
-    fn last_flush(&self) -> io::Result<()> {
+    fn last_flush(&self, _patience: Duration) -> io::Result<()> {
         if self.capabilities.read_only {
             // Nothing was written, and a sync may tell of what others have lost.
             return Ok(());
@@ -511,7 +512,7 @@ impl Lane for FileLane {
         }
     }
 
-    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<Loan> {
         match self.direct() {
             Some((direct, file)) if direct.fits(offset, data, self.backend.size()) => {
                 let pages = Direct::pages(offset, data.len() as u64);
@@ -522,7 +523,10 @@ impl Lane for FileLane {
             None => self.write_cached(offset, data).await?,
         }
         self.backend.length.grow_to(offset + data.len() as u64);
-        if durable { self.flush().await } else { Ok(()) }
+        if durable {
+            self.flush().await?;
+        }
+        Ok(Loan::Over)
     }
 
     async fn flush(&self) -> io::Result<()> {
@@ -615,6 +619,6 @@ mod tests {
         let options = Options { read_only: true, direct: false };
         let backend = FileBackend::open(Path::new("/proc/self/status"), options).unwrap();
         assert!(backend.file.sync_all().is_err());
-        backend.last_flush().unwrap();
+        backend.last_flush(Duration::ZERO).unwrap();
     }
 }

@@ -11,6 +11,7 @@
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::io::Io;
 
@@ -69,6 +70,15 @@ pub enum Zero {
     Keep,
 }
 
+/// What has become of the pages of written data, see [`Lane::write`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loan {
+    /// They are the caller's again.
+    Over,
+    /// Some may still be on their way to a server that is gone, or seems to be.
+    Open,
+}
+
 /// A source of bytes, shared by the serving threads.
 pub trait Backend: Send + Sync + 'static {
     /// How one thread reaches the bytes.
@@ -94,9 +104,12 @@ pub trait Backend: Send + Sync + 'static {
     /// forgotten.
     fn forget(&self) {}
 
+    /// The export is about to end: nothing is to wait any more for a source that is away.
+    fn hurry(&self) {}
+
     /// Makes everything acknowledged durable, blocking, and takes leave of the source; called once when all serving
-    /// threads have ended, also where nothing could be written.
-    fn last_flush(&self) -> io::Result<()>;
+    /// threads have ended, also where nothing could be written. A source that is away is waited for as long as `patience`.
+    fn last_flush(&self, patience: Duration) -> io::Result<()>;
 }
 
 /// One thread's way to the bytes of a [`Backend`].
@@ -117,12 +130,13 @@ pub trait Lane: 'static {
     /// Writes all of `data` at `offset`; past the end only where the export is growable. With `durable`
     /// (O_DSYNC) the data is on stable storage when this returns.
     ///
-    /// Data of [`LENT_BYTES`] may have been sent by its pages. After an error some of it can still be on its way to a
-    /// server that will store what it finds there. So the caller must not write to those pages again: it gives them
-    /// up (`MADV_DONTNEED`), which leaves them to the socket and gets new ones.
-    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()>;
+    /// Data of [`LENT_BYTES`] may have been sent by its pages. After an error, and with [`Loan::Open`], some of it can still
+    /// be on its way to a server that will store what it finds there. So the caller must not write to those pages again: it
+    /// gives them up (`MADV_DONTNEED`), which leaves them to the socket and gets new ones.
+    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<Loan>;
 
-    /// Makes every write that has completed durable.
+    /// Makes every write that has completed durable. `NotConnected`: nothing is lost by the failure, another flush may
+    /// succeed.
     async fn flush(&self) -> io::Result<()>;
 
     /// Makes the range read as zeroes, or fails with `EOPNOTSUPP` and changes nothing.

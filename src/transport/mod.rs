@@ -11,7 +11,7 @@ use std::task::{Poll, Waker};
 
 use smol::{LocalExecutor, Timer, future};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Loan};
 use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::reply::Reply;
@@ -155,6 +155,9 @@ impl<B: Backend> Server<B> {
         match answer {
             Ok(Reply::Unanswered) => slot.discard(),
             Ok(reply) => {
+                if matches!(reply, Reply::Written { loan: Loan::Open, .. }) {
+                    slot.give_up_lent();
+                }
                 let len = reply.encode(slot.payload_mut());
                 slot.reply(Ok(len));
             }

@@ -318,6 +318,11 @@ impl Slot {
         }
     }
 
+    /// Gives up the pages of the payload, which somebody may still read: the answer goes into others.
+    pub fn give_up_lent(&mut self) {
+        self.memory.as_mut().expect("an unanswered slot has its memory").give_up_lent();
+    }
+
     /// Answers with the first so many bytes of the payload, or an error.
     pub fn reply(mut self, result: Result<usize, Errno>) {
         let memory = self.memory.take().expect("an unanswered slot has its memory");

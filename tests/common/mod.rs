@@ -8,6 +8,7 @@
 
 pub mod ability;
 pub mod export;
+pub mod forgetful;
 pub mod image;
 pub mod mounts;
 pub mod nbd;

@@ -179,6 +179,55 @@ impl Server {
     }
 }
 
+/// Starts nbdkit while this process has files of it open. A child of this process would inherit them, and its close at
+/// the start of the program would wait for the very server that is to be started.
+pub struct Starter {
+    shell: Child,
+    pidfile: PathBuf,
+}
+
+impl Starter {
+    /// Before any such file is open.
+    pub fn new(sandbox: &Sandbox) -> Starter {
+        let mut shell = Command::new("sh");
+        shell.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let pidfile = sandbox.join("nbdkit.pid");
+        Starter { shell: shell.spawn().expect("there is a shell"), pidfile }
+    }
+
+    /// As [`Server::nbdkit`]; nobody is served there.
+    pub fn nbdkit(&mut self, address: &Address, words: &[&str]) -> Server {
+        let to = match address {
+            Address::Unix(path) => {
+                let _ = std::fs::remove_file(path);
+                format!("--unix {}", path.display())
+            }
+            Address::Tcp(host) => format!("--ip-addr {host} --port {PORT}"),
+        };
+        let _ = std::fs::remove_file(&self.pidfile);
+        let command =
+            format!("nbdkit --pidfile {} {to} {}\n", self.pidfile.display(), words.join(" "));
+        let stdin = self.shell.stdin.as_mut().expect("it is piped");
+        io::Write::write_all(stdin, command.as_bytes()).expect("the shell is there");
+        let mut pid = None;
+        eventually("nbdkit's pidfile", || {
+            let text = std::fs::read_to_string(&self.pidfile).unwrap_or_default();
+            pid = text.trim().parse().ok();
+            pid.is_some()
+        });
+        let server = Server { pid: pid.expect("it was there"), child: None };
+        eventually("nbdkit", || address.is_served());
+        server
+    }
+}
+
+impl Drop for Starter {
+    fn drop(&mut self) {
+        drop(self.shell.stdin.take());
+        let _ = self.shell.wait();
+    }
+}
+
 /// A process that is stopped as long as this lives.
 pub struct Paused(pub rustix::process::Pid);
 

@@ -243,7 +243,9 @@ pub fn failed_start_flushes_what_others_wrote(bench: &Bench) {
     server_and_uri = gated(bench, &gate, &log, "pread");
     let pidfile = format!("--pidfile={}", tight.join("pid").display());
     let _leftovers = Leftovers(bench);
-    let mut export = bench.try_export(&server_and_uri.1, &[&pidfile]).unwrap();
+    // A write to the page cache would wait for the page that is being read.
+    let arguments = ["--cache=none", pidfile.as_str()];
+    let mut export = bench.try_export(&server_and_uri.1, &arguments).unwrap();
     // As long as the first read waits, so does the failure.
     eventually("the first read", || asked().contains("pread"));
     let holder = Holder::write(export.file(), "written");

@@ -58,7 +58,7 @@ fn killed_under_load(export: &Export, server: &mut Server) {
 pub fn killed_server_fails_all_requests(bench: &Bench) {
     let disk = bench.disk(&vec![0; SIZE]);
     let (mut server, uri) = bench.nbdkit(&["file", disk.to_str().unwrap()]);
-    let mut export = bench.export(&uri);
+    let mut export = bench.try_export(&uri, &["--reconnect-timeout=0"]).unwrap();
     killed_under_load(&export, &mut server);
     export.stop(SIGTERM).assert(1, &["flush", "may be lost"]);
 }
@@ -67,7 +67,7 @@ pub fn killed_server_over_tcp_fails_all_requests(bench: &Bench) {
     let disk = bench.disk(&vec![0; SIZE]);
     let address = Address::tcp();
     let mut server = Server::qemu_nbd(&address, &disk);
-    let mut export = bench.export(&address.uri(""));
+    let mut export = bench.try_export(&address.uri(""), &["--reconnect-timeout=0"]).unwrap();
     killed_under_load(&export, &mut server);
     export.stop(SIGTERM).assert(1, &["flush", "may be lost"]);
 }
@@ -76,7 +76,7 @@ pub fn killed_server_over_tcp_fails_all_requests(bench: &Bench) {
 pub fn killed_server_of_a_flushed_disk_costs_nothing(bench: &Bench) {
     let disk = bench.disk(&vec![0; SIZE]);
     let (mut server, uri) = bench.nbdkit(&["file", disk.to_str().unwrap()]);
-    let mut export = bench.export(&uri);
+    let mut export = bench.try_export(&uri, &["--reconnect-timeout=0"]).unwrap();
     let data = noise(5, SIZE / 2);
     // By another process: a child that another trial forks would inherit the file, and close it when the server is gone.
     let copy = disk.with_file_name("data");

@@ -11,6 +11,7 @@ mod hosts;
 mod hung;
 mod lost;
 mod refusals;
+mod returns;
 mod scripts;
 mod tls;
 
@@ -113,6 +114,18 @@ fn main() -> ExitCode {
         lost::killed_server_fails_all_requests ["nbdkit"],
         lost::killed_server_of_a_flushed_disk_costs_nothing ["nbdkit"],
         lost::killed_server_over_tcp_fails_all_requests ["qemu-nbd"],
+        returns::killed_server_comes_back_on_a_unix_socket ["nbdkit"],
+        returns::killed_server_comes_back_over_tcp ["nbdkit"],
+        returns::killed_server_comes_back_to_one_connection ["nbdkit"],
+        returns::forgotten_writes_are_made_again_over_several_connections [],
+        returns::forgotten_writes_are_made_again_over_one_connection [],
+        returns::forgotten_writes_are_told_of_where_none_are_kept [],
+        returns::connections_that_end_one_by_one_cost_nothing [],
+        returns::requests_fail_after_the_limit_and_succeed_when_the_server_is_back ["nbdkit"],
+        returns::server_that_is_gone_for_good_does_not_hold_up_the_end ["nbdkit"],
+        returns::another_disk_is_refused ["nbdkit"],
+        returns::server_that_stops_for_a_while_is_waited_for ["qemu-nbd"],
+        returns::start_waits_for_the_server ["nbdkit"],
         hung::pidfile_that_waits_for_the_first_read_can_be_given_up ["root", "nbdkit"],
         hung::daemon_that_waits_for_the_first_read_can_be_given_up ["root", "nbdkit"],
         hung::command_that_waits_for_the_first_read_can_be_given_up ["root", "nbdkit"],

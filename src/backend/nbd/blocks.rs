@@ -16,8 +16,8 @@ use smol::future::zip;
 
 use super::commands::Commands;
 use super::inflight::Sending;
-use crate::backend::Zero;
 use crate::backend::range_lock::RangeLock;
+use crate::backend::{Loan, Zero};
 
 /// Unaligned access over [`Commands`].
 pub struct Blocks {
@@ -86,7 +86,7 @@ impl Blocks {
     }
 
     /// Writes `data` at `offset`; `durable` as for [`Commands::write`].
-    pub async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+    pub async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<Loan> {
         if self.commands.minimum() == 1 {
             return self.commands.write(offset, data, Sending::ByPages, durable).await;
         }
@@ -101,12 +101,14 @@ impl Blocks {
             }),
         );
         let ((head, tail), middle) = zip(ends, self.write_blocks(at_middle, middle, durable)).await;
-        head.and(middle).and(tail)
+        head?;
+        tail?;
+        middle
     }
 
-    async fn write_blocks(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+    async fn write_blocks(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<Loan> {
         if data.is_empty() {
-            return Ok(());
+            return Ok(Loan::Over);
         }
         let _shared = self.lock.shared(offset..offset + data.len() as u64).await;
         self.commands.write(offset, data, Sending::ByPages, durable).await
@@ -152,7 +154,7 @@ impl Blocks {
         let _exclusive = self.lock.exclusive(block.clone()).await;
         let mut bytes = self.read_block(block.start).await?;
         change(&mut bytes[within]);
-        self.commands.write(block.start, &bytes, Sending::Copied, durable).await
+        self.commands.write(block.start, &bytes, Sending::Copied, durable).await.map(drop)
     }
 
     async fn read_block(&self, offset: u64) -> io::Result<Vec<u8>> {

@@ -4,27 +4,28 @@
 //! Offsets and lengths are multiples of the server's minimum block size here; [`super::blocks`]
 //! sees to it.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Instant;
 
 use super::connection::Connection;
 use super::connections::Ways;
 use super::dial::Export;
 use super::extents::{Extents, Found};
-use super::inflight::{Extent, Sending};
+use super::inflight::{Extent, Failure, Sending};
+use super::unflushed::Change;
 use super::wire::{Command, FLAG_FUA, FLAG_NO_HOLE, Headers, transmission_flag};
-use crate::backend::{Seek, Zero};
+use crate::backend::{Loan, Seek, Zero};
 
 /// The longest WRITE_ZEROES, in bytes: a longer one could keep the server busy past everyone's
 /// patience.
 const MAX_ZERO: u64 = 1 << 30;
 /// Where halving after `EOVERFLOW` ends, in bytes.
 const MIN_ZERO: u64 = 64 << 10;
-/// The length of written zeroes, in bytes.
-const WRITTEN_ZEROES: u64 = 1 << 20;
 /// How far a BLOCK_STATUS asks at most where 64 bits can say it, in bytes: what the server can look through within
 /// everyone's patience.
 const MAX_STATUS: u64 = 1 << 40;
@@ -72,11 +73,47 @@ impl Commands {
         Commands { route, export, max_payload, minimum: sizes.minimum.into() }
     }
 
-    fn connection(&self) -> Arc<Connection> {
+    /// Asks by a connection; if that is lost before it has answered, by another, as soon as there is one.
+    async fn ask<R>(
+        &self,
+        mut request: impl AsyncFnMut(&Connection) -> Result<R, Failure>,
+    ) -> io::Result<R> {
         match &self.route {
-            Route::Lane(ways) => ways.pick(),
-            Route::One(connection) => connection.clone(),
+            Route::One(connection) => Ok(request(connection).await?),
+            Route::Lane(ways) => {
+                let (mut first, mut times) = (None, 0);
+                loop {
+                    let connection = ways.pick().await?;
+                    match request(&connection).await {
+                        Err(Failure::Lost) => {}
+                        answer => return Ok(answer?),
+                    }
+                    times += 1;
+                    ways.try_again(*first.get_or_insert_with(Instant::now), times).await?;
+                }
+            }
         }
+    }
+
+    /// As [`Commands::ask`], for what changes the disk: once it is acknowledged it is kept until it is durable.
+    async fn change(
+        &self,
+        offset: u64,
+        change: Change<'_>,
+        mut request: impl AsyncFnMut(&Connection) -> Result<(), Failure>,
+    ) -> io::Result<()> {
+        let ask = async |connection: &Connection| {
+            let writing = match &self.route {
+                Route::Lane(ways) => Some(ways.unflushed().begin()),
+                Route::One(_) => None,
+            };
+            request(connection).await?;
+            if let Some(writing) = writing {
+                writing.acknowledged(offset, change);
+            }
+            Ok(())
+        };
+        self.ask(ask).await
     }
 
     /// The server's minimum block size in bytes.
@@ -94,10 +131,14 @@ impl Commands {
         if buf.is_empty() {
             return Ok(());
         } else if buf.len() <= self.max_payload {
-            return self.connection().read(offset, buf).await;
+            return self.read_piece(offset, buf).await;
         }
         let pieces = (offset..).step_by(self.max_payload).zip(buf.chunks_mut(self.max_payload));
-        all(pieces.map(async |(at, piece)| self.connection().read(at, piece).await)).await
+        all(pieces.map(|(at, piece)| self.read_piece(at, piece))).await
+    }
+
+    async fn read_piece(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.ask(async |connection| connection.read(offset, buf).await).await
     }
 
     /// Writes `data` at `offset`; with `durable` it is on stable storage when this returns, as far
@@ -108,21 +149,45 @@ impl Commands {
         data: &[u8],
         how: Sending,
         durable: bool,
-    ) -> io::Result<()> {
+    ) -> io::Result<Loan> {
         let fua = durable && self.has(transmission_flag::SEND_FUA);
-        let flags = if fua { FLAG_FUA } else { 0 };
+        let are_out = Cell::new(false);
+        let write =
+            async |(at, piece): (u64, &[u8])| self.write_piece(at, piece, how, fua, &are_out).await;
         if data.is_empty() {
             // As above.
         } else if data.len() <= self.max_payload {
-            self.connection().write(offset, data, how, flags).await?;
+            write((offset, data)).await?;
         } else {
             let pieces = (offset..).step_by(self.max_payload).zip(data.chunks(self.max_payload));
-            let write = async |(at, piece): (u64, &[u8])| {
-                self.connection().write(at, piece, how, flags).await
-            };
             all(pieces.map(write)).await?;
         }
-        if durable && !fua { self.flush().await } else { Ok(()) }
+        if durable && !fua {
+            self.flush().await?;
+        }
+        Ok(if are_out.get() { Loan::Open } else { Loan::Over })
+    }
+
+    async fn write_piece(
+        &self,
+        offset: u64,
+        data: &[u8],
+        how: Sending,
+        fua: bool,
+        are_out: &Cell<bool>,
+    ) -> io::Result<()> {
+        let (flags, change) = match fua {
+            true => (FLAG_FUA, Change::Durable(data.len() as u64)),
+            false => (0, Change::Data(data)),
+        };
+        let request = async |connection: &Connection| {
+            let written = connection.write(offset, data, how, flags).await;
+            if matches!(written, Err(Failure::Lost)) && how == Sending::ByPages {
+                are_out.set(true);
+            }
+            written
+        };
+        self.change(offset, change, request).await
     }
 
     /// Makes completed writes durable, on every connection; nothing where the server has no FLUSH.
@@ -130,7 +195,8 @@ impl Commands {
         if !self.has(transmission_flag::SEND_FLUSH) {
             return Ok(());
         }
-        self.connection().command(Command::Flush, 0, 0, 0).await.map(drop)
+        self.ask(async |connection| connection.command(Command::Flush, 0, 0, 0).await.map(drop))
+            .await
     }
 
     /// Whether ranges can be zeroed without writing zeroes.
@@ -162,8 +228,11 @@ impl Commands {
         let mut longest = MAX_ZERO;
         while length > 0 {
             let piece = length.min(longest);
-            match self.connection().command(Command::WriteZeroes, flags, offset, piece).await {
-                Ok(_) => {
+            let request = async |connection: &Connection| {
+                connection.command(Command::WriteZeroes, flags, offset, piece).await.map(drop)
+            };
+            match self.change(offset, Change::Zero(piece, how), request).await {
+                Ok(()) => {
                     offset += piece;
                     length -= piece;
                 }
@@ -184,10 +253,14 @@ impl Commands {
 
     async fn written_zeroes(&self, mut offset: u64, mut length: u64) -> io::Result<()> {
         // Not touched, so not backed by memory of its own.
-        let zeroes = vec![0; length.min(WRITTEN_ZEROES) as usize];
+        let zeroes = vec![0; length.min(self.max_payload as u64) as usize];
         while length > 0 {
-            let piece = &zeroes[..length.min(WRITTEN_ZEROES) as usize];
-            self.write(offset, piece, Sending::Copied, false).await?;
+            let piece = &zeroes[..length.min(self.max_payload as u64) as usize];
+            let change = Change::Zero(piece.len() as u64, Zero::Keep);
+            let request = async |connection: &Connection| {
+                connection.write(offset, piece, Sending::Copied, 0).await
+            };
+            self.change(offset, change, request).await?;
             offset += piece.len() as u64;
             length -= piece.len() as u64;
         }
@@ -242,7 +315,10 @@ impl Commands {
         let start = at - at % self.minimum;
         let asking = extents.ask(self.longest_status());
         let length = (asking.reach() - asking.reach() % self.minimum).min(size - start);
-        let told = self.connection().command(Command::BlockStatus, 0, start, length).await?;
+        let request = async |connection: &Connection| {
+            connection.command(Command::BlockStatus, 0, start, length).await
+        };
+        let told = self.ask(request).await?;
         asking.answered(&(start..start + length), &told, size);
         match find(start, &told, at, what) {
             Found::NotBefore(end) if end <= at => {

@@ -14,8 +14,8 @@
 //! is never contended. Where lanes share one, each of them brings a [`Driver`]; the first to come
 //! drives, and when its lane ends the next one takes over where it stopped.
 //!
-//! A connection that is lost stays lost: whatever is in flight and comes later fails with `EIO`. A
-//! reconnect would begin in [`Connection::lose`] and [`State::check_alive`].
+//! A connection that is lost stays lost: whatever is in flight and comes later is told so, and goes by another one
+//! ([`super::connections`]). It is reset first, so that the server gets nothing more of it.
 
 use std::future::poll_fn;
 use std::io;
@@ -27,19 +27,22 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use event_listener::Event;
-use smol::Task;
 use smol::future::{or, yield_now};
 use smol::lock::Semaphore;
+use smol::{Task, Timer};
 use socket2::Socket;
 
 use super::abandoned::Abandoned;
 use super::dial::{Export, Opened};
-use super::inflight::{self, Ask, Cookie, Extent, MAX_IN_FLIGHT, Payload, Request, Sending, Table};
+use super::inflight::{
+    self, Ask, Cookie, Extent, Failure, MAX_IN_FLIGHT, Payload, Request, Sending, Table,
+};
 use super::replies::Replies;
 use super::requests::Requests;
 use super::stream::{Stream, SystemCalls};
 use super::wire::{Command, Headers, RequestHeader};
 use crate::io::{Io, Watched};
+use crate::sys;
 
 /// After so many receives in a row the other tasks of the thread have a turn.
 const RECEIVES_IN_A_ROW: usize = 16;
@@ -61,8 +64,10 @@ pub struct Connection {
     seat: Event,
     /// See [`Connection::load`].
     load: AtomicUsize,
+    /// Set under the lock of the state.
     is_lost: AtomicBool,
     is_slow: AtomicBool,
+    has_answered: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -79,16 +84,9 @@ pub struct State {
     speed: Speed,
     /// The send loop, asleep.
     sender: Option<Waker>,
-    /// The connection is of no more use.
-    lost: bool,
 }
 
 impl State {
-    /// `EIO` once the connection is lost.
-    pub(super) fn check_alive(&self) -> io::Result<()> {
-        if self.lost { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
-    }
-
     /// Appends a request, which is in the table, to the send queue.
     pub(super) fn enqueue(
         &mut self,
@@ -103,13 +101,10 @@ impl State {
     }
 
     fn wants_to_send(&self) -> bool {
-        !self.lost && (!self.requests.is_empty() || self.stream.wants_flush())
+        !self.requests.is_empty() || self.stream.wants_flush()
     }
 
     fn send(&mut self) -> io::Result<bool> {
-        if self.lost {
-            return Ok(true);
-        }
         self.requests.send(&mut self.stream, &mut self.table)
     }
 
@@ -133,7 +128,6 @@ impl Connection {
             drained: true,
             speed: Speed::default(),
             sender: None,
-            lost: false,
         };
         Arc::new(Connection {
             name,
@@ -146,6 +140,7 @@ impl Connection {
             load: AtomicUsize::new(0),
             is_lost: AtomicBool::new(false),
             is_slow: AtomicBool::new(false),
+            has_answered: AtomicBool::new(false),
             state: Mutex::new(state),
         })
     }
@@ -176,13 +171,18 @@ impl Connection {
         self.is_slow.load(Ordering::Relaxed)
     }
 
+    /// Whether it has been of use: the server has answered a request by it.
+    pub fn has_answered(&self) -> bool {
+        self.has_answered.load(Ordering::Relaxed)
+    }
+
     /// How much is in flight, by [`inflight::weight`].
     pub fn load(&self) -> usize {
         self.load.load(Ordering::Relaxed)
     }
 
     /// Fills `buf` from `offset`. The lengths of payloads are the caller's concern, here and below.
-    pub async fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+    pub async fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
         let length = buf.len() as u64;
         let payload = Payload::Fill(buf);
         self.ask(Ask { command: Command::Read, flags: 0, offset, length, payload }).await.map(drop)
@@ -195,7 +195,7 @@ impl Connection {
         data: &[u8],
         how: Sending,
         flags: u16,
-    ) -> io::Result<()> {
+    ) -> Result<(), Failure> {
         let length = data.len() as u64;
         let payload = Payload::Send(data, how);
         self.ask(Ask { command: Command::Write, flags, offset, length, payload }).await.map(drop)
@@ -208,11 +208,11 @@ impl Connection {
         flags: u16,
         offset: u64,
         length: u64,
-    ) -> io::Result<Vec<Extent>> {
+    ) -> Result<Vec<Extent>, Failure> {
         self.ask(Ask { command, flags, offset, length, payload: Payload::None }).await
     }
 
-    async fn ask(&self, ask: Ask<'_>) -> io::Result<Vec<Extent>> {
+    async fn ask(&self, ask: Ask<'_>) -> Result<Vec<Extent>, Failure> {
         if matches!(ask.command, Command::Write | Command::WriteZeroes) {
             let range = ask.offset..ask.offset.saturating_add(ask.length);
             self.abandoned.none_in(range).await;
@@ -231,7 +231,8 @@ impl Connection {
         let (result, freed, sender) = {
             let mut state = self.lock();
             let result = work(&mut state);
-            let sender = if state.wants_to_send() { state.sender.take() } else { None };
+            let wants_to_send = !self.is_lost() && state.wants_to_send();
+            let sender = if wants_to_send { state.sender.take() } else { None };
             (result, state.table.take_freed(), sender)
         };
         if freed > 0 {
@@ -243,17 +244,34 @@ impl Connection {
         result
     }
 
-    /// Offers to drive the connection from the calling thread, until the [`Driver`] is dropped.
-    pub fn driver(self: &Arc<Self>, io: &Rc<Io>) -> Driver {
+    /// Offers to drive the connection from the calling thread, until the [`Driver`] is dropped. If the connection is lost
+    /// meanwhile, `on_loss` gets the reason. It counts as lost, too, if a request is not answered within
+    /// `timeout`.
+    pub fn driver(
+        self: &Arc<Self>,
+        io: &Rc<Io>,
+        timeout: Option<Duration>,
+        on_loss: impl FnOnce(&str) + 'static,
+    ) -> Driver {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         // Weak, or the executor would hold the task, and the task the executor.
-        let drive = self.clone().drive(number, Rc::downgrade(io));
-        Driver { connection: self.clone(), number, _task: io.spawn(drive), _io: io.clone() }
+        let drive = self.clone().drive(number, Rc::downgrade(io), timeout);
+        let task = io.spawn(async move {
+            if let Some(reason) = drive.await {
+                on_loss(&reason);
+            }
+        });
+        Driver { connection: self.clone(), number, _task: task, _io: io.clone() }
     }
 
-    /// Waits for the seat, then runs the loops; ends when the connection is lost.
-    async fn drive(self: Arc<Self>, number: u64, io: Weak<Io>) {
+    /// Waits for the seat, then runs the loops; ends when the connection is lost, and says why if it was lost here.
+    async fn drive(
+        self: Arc<Self>,
+        number: u64,
+        io: Weak<Io>,
+        timeout: Option<Duration>,
+    ) -> Option<String> {
         while !self.take_seat(number) {
             let free = self.seat.listen();
             if self.take_seat(number) {
@@ -267,12 +285,13 @@ impl Connection {
             io.watch(self.socket.try_clone()?)
         };
         let ended = match watch() {
-            Ok(watched) => or(self.receive_loop(&watched), self.send_loop(&watched)).await,
+            Ok(watched) => {
+                let loops = or(self.receive_loop(&watched), self.send_loop(&watched));
+                or(loops, self.watch_loop(timeout)).await
+            }
             Err(error) => Err(error),
         };
-        if let Err(error) = ended {
-            self.lose(&error);
-        }
+        self.lose(&ended.err()?)
     }
 
     fn take_seat(&self, number: u64) -> bool {
@@ -321,6 +340,9 @@ impl Connection {
             let received = self.with(|state| {
                 let received = state.receive(&mut wakers);
                 let answered = state.table.take_answered();
+                if answered > 0 && !self.has_answered() {
+                    self.has_answered.store(true, Ordering::Relaxed);
+                }
                 if let Some(is_slow) = state.speed.answered(load, answered) {
                     self.is_slow.store(is_slow, Ordering::Relaxed);
                 }
@@ -331,35 +353,52 @@ impl Connection {
         }
     }
 
-    /// Ends the connection: everything in flight and everything later fails with `EIO`.
-    fn lose(&self, reason: &io::Error) {
+    /// Ends when a request was not answered within `timeout`.
+    async fn watch_loop(&self, timeout: Option<Duration>) -> io::Result<()> {
+        const LOOKS: u32 = 8;
+        let Some(timeout) = timeout else { return std::future::pending().await };
+        loop {
+            Timer::after(timeout / LOOKS).await;
+            // The first look at a request may come at once after it.
+            if self.with(|state| state.table.take_age()) > LOOKS {
+                let text = format!("no answer to a request within {} s", timeout.as_secs_f32());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+        }
+    }
+
+    /// Ends the connection: everything in flight and everything later is told so. The reason, in words, if it was not lost
+    /// before.
+    fn lose(&self, reason: &io::Error) -> Option<String> {
+        // First of all: what is asked for again must not be carried out by a server that still gets it from here.
+        if let Err(e) = sys::reset_connection(&*self.socket) {
+            log::debug!("{}: not reset: {e}", self.name);
+            let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        }
+        self.end().then(|| match reason.kind() {
+            io::ErrorKind::UnexpectedEof => "the server closed it".into(),
+            io::ErrorKind::InvalidData => {
+                format!("the server does not keep to the protocol: {reason}")
+            }
+            _ => reason.to_string(),
+        })
+    }
+
+    /// It is of no more use. Whether it was until now.
+    fn end(&self) -> bool {
         let mut wakers = Vec::new();
         let first = self.with(|state| {
             state.requests.clear();
             state.table.fail_all(&mut wakers);
-            !std::mem::replace(&mut state.lost, true)
+            !self.is_lost.swap(true, Ordering::SeqCst)
         });
-        self.is_lost.store(true, Ordering::Relaxed);
         wakers.into_iter().for_each(Waker::wake);
-        if first {
-            let _ = self.socket.shutdown(std::net::Shutdown::Both);
-            let reason = match reason.kind() {
-                io::ErrorKind::UnexpectedEof => "the server closed it".into(),
-                io::ErrorKind::InvalidData => {
-                    format!("the server does not keep to the protocol: {reason}")
-                }
-                _ => reason.to_string(),
-            };
-            log::error!(
-                "{}: the connection is lost, requests fail from now on: {reason}",
-                self.name
-            );
-        }
+        first
     }
 
     /// Runs `work`, requests on this connection, on the calling thread alone: all lanes have ended,
-    /// and with them their drivers. Fails with `TimedOut` at the deadline. The socket blocks from
-    /// here on.
+    /// and with them their drivers, or it has none yet. Fails with `TimedOut` at the deadline. The socket blocks from
+    /// here on, see [`Connection::stop_blocking`].
     pub fn run_blocking<R>(
         &self,
         work: impl Future<Output = io::Result<R>>,
@@ -373,6 +412,9 @@ impl Connection {
                 return result;
             }
             let exchanged = self.with(|state| {
+                if self.is_lost() {
+                    return Err(io::ErrorKind::NotConnected.into());
+                }
                 // Also after a time-out it is only "not now", so the clock decides.
                 self.block_until(deadline)?;
                 if state.send()? {
@@ -387,6 +429,13 @@ impl Connection {
                 return Err(error);
             }
         }
+    }
+
+    /// After [`Connection::run_blocking`]: it can be driven.
+    pub fn stop_blocking(&self) -> io::Result<()> {
+        self.socket.set_read_timeout(None)?;
+        self.socket.set_write_timeout(None)?;
+        self.socket.set_nonblocking(true)
     }
 
     /// Lets the next system call on the socket wait until then; `TimedOut` if that is past.
@@ -405,22 +454,17 @@ impl Connection {
     /// Says goodbye to the server (`NBD_CMD_DISC`), without waiting: the connection is of no more
     /// use.
     pub fn disconnect(&self) {
-        let mut wakers = Vec::new();
         self.with(|state| {
             // In the middle of another request the server would take it for that one's data.
-            if !state.lost && state.requests.is_empty() {
+            if !self.is_lost() && state.requests.is_empty() {
                 let headers = state.headers;
                 let header = RequestHeader::new(headers, Command::Disc, 0, u64::MAX, 0, 0);
                 state.requests.push(header, Cookie(u64::MAX));
                 let _ = state.send();
                 state.stream.close();
             }
-            state.requests.clear();
-            state.table.fail_all(&mut wakers);
-            state.lost = true;
         });
-        self.is_lost.store(true, Ordering::Relaxed);
-        wakers.into_iter().for_each(Waker::wake);
+        self.end();
         let _ = self.socket.shutdown(std::net::Shutdown::Write);
     }
 }
@@ -494,6 +538,13 @@ pub struct Driver {
     _task: Task<()>,
     /// The task finds it alive as long as it is polled.
     _io: Rc<Io>,
+}
+
+impl Driver {
+    /// Whether there is nothing to drive any more.
+    pub fn is_over(&self) -> bool {
+        self.connection.is_lost()
+    }
 }
 
 impl Drop for Driver {

@@ -21,12 +21,18 @@ use super::stream::Stream;
 use super::tls;
 use super::uri::{Address, Uri};
 use super::wire::{DEFAULT_MAX_PAYLOAD, Headers, transmission_flag};
+use crate::sys;
 
-/// How long sent data may stay unacknowledged before TCP gives the connection up.
-const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
-/// When an idle connection is probed, and how often after that.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+/// The longest pause between two attempts of TCP's to get data to the server: so soon it goes on after a link was down. With
+/// it the kernel gives up after some 100 s without any answer (net.ipv4.tcp_retries2), which a server that has stopped
+/// reading still gives.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Where the kernel has no such option (before Linux 6.15): how long data may stay unacknowledged, or unread by the server.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(120);
+/// When an idle connection is probed, how often after that, and how many probes without an answer end it.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_PROBES: u32 = 6;
 
 /// What was agreed on with a server, fixed for the life of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,12 +55,37 @@ impl Export {
         self.flags & flag != 0
     }
 
-    /// Whether a request for the one can go to the other: what they may differ in is how they talk.
-    pub fn same_disk(&self, other: &Export) -> bool {
-        self.size == other.size
-            && self.flags == other.flags
-            && self.block_sizes == other.block_sizes
-            && self.base_allocation.is_some() == other.base_allocation.is_some()
+    /// Why a request for this one cannot go to the `other`, if it cannot: how they talk is all that they may differ in, and
+    /// what the other has more.
+    pub fn difference(&self, other: &Export) -> Option<String> {
+        if self.size != other.size {
+            return Some(format!("it had {} bytes and has {}", self.size, other.size));
+        }
+        if self.has(transmission_flag::READ_ONLY) != other.has(transmission_flag::READ_ONLY) {
+            let now =
+                if other.has(transmission_flag::READ_ONLY) { "read-only" } else { "writable" };
+            return Some(format!("it is {now} now"));
+        }
+        let (ours, theirs) = (self.block_sizes, other.block_sizes);
+        if theirs.minimum > ours.minimum || theirs.maximum < ours.maximum {
+            return Some(format!(
+                "it took requests of {} to {} bytes and takes {} to {}",
+                ours.minimum, ours.maximum, theirs.minimum, theirs.maximum
+            ));
+        }
+        let needed = [
+            ("FLUSH", transmission_flag::SEND_FLUSH),
+            ("FUA", transmission_flag::SEND_FUA),
+            ("WRITE_ZEROES", transmission_flag::SEND_WRITE_ZEROES),
+        ];
+        let lacks = needed.iter().find(|(_, flag)| self.has(*flag) && !other.has(*flag));
+        match lacks {
+            Some((name, _)) => Some(format!("it had {name} and has not")),
+            None if self.base_allocation.is_some() && other.base_allocation.is_none() => {
+                Some("it told of holes and does not".into())
+            }
+            None => None,
+        }
     }
 }
 
@@ -196,8 +227,27 @@ impl Dialer {
         }
     }
 
+    /// As [`Dialer::open`]; a server that cannot be reached is tried again until then.
+    pub fn open_until(&self, deadline: Instant) -> Result<Opened, Error> {
+        const PAUSE: Duration = Duration::from_millis(200);
+        let mut told = false;
+        loop {
+            match self.open() {
+                Err(e @ (Error::Connect { .. } | Error::Silent { .. } | Error::Broken(_)))
+                    if Instant::now() + PAUSE < deadline =>
+                {
+                    if !std::mem::replace(&mut told, true) {
+                        log::warn!("{}: {e}; trying again", self.uri);
+                    }
+                    std::thread::sleep(PAUSE);
+                }
+                opened => return opened,
+            }
+        }
+    }
+
     /// As [`Dialer::open`], giving up after `limit`.
-    pub fn open_further(&self, limit: Duration) -> Result<Opened, Error> {
+    pub fn open_within(&self, limit: Duration) -> Result<Opened, Error> {
         Dialer { time_limit: limit.min(self.time_limit), ..self.clone() }.open()
     }
 
@@ -411,14 +461,20 @@ fn enlarge_send_buffer(socket: &Socket) {
     }
 }
 
-/// No delay: requests are gathered before they are sent. The time-outs tell a dead peer from a slow
-/// one.
+/// No delay: requests are gathered before they are sent. The time-outs tell a dead host from a slow server: a link that is down
+/// for a minute ends no connection, and nor does a server that reads nothing for as long as it likes.
 fn tune_tcp(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(
-        &TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL),
+        &TcpKeepalive::new()
+            .with_time(KEEPALIVE_IDLE)
+            .with_interval(KEEPALIVE_INTERVAL)
+            .with_retries(KEEPALIVE_PROBES),
     )?;
-    socket.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT))
+    match sys::set_tcp_longest_pause(socket, LONGEST_PAUSE) {
+        Ok(()) => Ok(()),
+        Err(_) => socket.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT)),
+    }
 }
 
 fn agreed(

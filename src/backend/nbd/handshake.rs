@@ -22,6 +22,8 @@ const FLAG_NO_ZEROES: u16 = 1 << 1;
 const MAX_OPTION_REPLY: u32 = 64 << 10;
 /// The most replies to one option that are believed; a listing has one for each export.
 const MAX_OPTION_REPLIES: usize = 100_000;
+/// The most bytes of an answer to one option, all replies together.
+const MAX_ANSWER: u64 = 16 << 20;
 
 /// The metadata context that tells holes from data.
 pub const BASE_ALLOCATION: &str = "base:allocation";
@@ -309,6 +311,7 @@ impl<S: Read + Write> Haggling<S> {
         mut each: impl FnMut(u32, &[u8]) -> Result<(), Error>,
     ) -> Result<Answer<()>, Error> {
         self.send_option(option, data)?;
+        let mut bytes = 0;
         for _ in 0..MAX_OPTION_REPLIES {
             let header: [u8; 20] = self.receive()?;
             if be_u64(&header, 0) != OPTION_REPLY_MAGIC || be_u32(&header, 8) != option as u32 {
@@ -317,6 +320,10 @@ impl<S: Read + Write> Haggling<S> {
             let (kind, length) = (be_u32(&header, 12), be_u32(&header, 16));
             if length > MAX_OPTION_REPLY {
                 return Err(Error::Protocol(format!("an option reply has {length} bytes")));
+            }
+            bytes += u64::from(length);
+            if bytes > MAX_ANSWER {
+                break;
             }
             let mut data = vec![0; length as usize];
             self.stream.read_exact(&mut data).map_err(|e| self.failed(e))?;

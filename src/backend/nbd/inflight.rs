@@ -129,6 +129,24 @@ pub struct Extent {
     pub zero: bool,
 }
 
+/// Why a request has no answer.
+#[derive(Debug)]
+pub enum Failure {
+    /// The connection was lost first. What was asked for may have been done or not; it can be asked for again.
+    Lost,
+    /// What the server says, or what is wrong with its answer.
+    Error(io::Error),
+}
+
+impl From<Failure> for io::Error {
+    fn from(failure: Failure) -> io::Error {
+        match failure {
+            Failure::Lost => io::Error::from_raw_os_error(libc::EIO),
+            Failure::Error(error) => error,
+        }
+    }
+}
+
 /// Which request, on the wire and in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cookie(pub u64);
@@ -168,6 +186,10 @@ struct Entry {
     extents: Vec<Extent>,
     /// The first error.
     error: Option<i32>,
+    /// The connection was lost before the answer was complete.
+    lost: bool,
+    /// How often the connection's age was taken since it is here.
+    age: u32,
     waker: Option<Waker>,
     /// Its caller has gone, and the server may still write.
     abandoned: Option<AbandonedWrite>,
@@ -247,6 +269,8 @@ impl Table {
             coverage: Coverage::default(),
             extents: Vec::new(),
             error: None,
+            lost: false,
+            age: 0,
             waker: None,
             abandoned: None,
         });
@@ -441,7 +465,17 @@ impl Table {
         Ok(())
     }
 
-    /// The connection is lost: everything in flight fails with `EIO`.
+    /// Takes the age of what is in flight: how often that was done since the oldest came.
+    pub fn take_age(&mut self) -> u32 {
+        let entries = self.slots.iter_mut().filter_map(|slot| slot.entry.as_mut());
+        let ages = entries.filter(|entry| !entry.done).map(|entry| {
+            entry.age += 1;
+            entry.age
+        });
+        ages.max().unwrap_or(0)
+    }
+
+    /// The connection is lost: everything in flight has [`Failure::Lost`].
     pub fn fail_all(&mut self, wakers: &mut Vec<Waker>) {
         self.direct_reads = 0;
         for index in 0..self.slots.len() {
@@ -450,8 +484,7 @@ impl Table {
             let Some(entry) = &mut slot.entry else { continue };
             // What was answered before the end keeps its answer.
             if !entry.done {
-                entry.fail(libc::EIO);
-                entry.done = true;
+                (entry.lost, entry.done) = (true, true);
             }
             wakers.extend(entry.waker.take());
             self.sent(cookie);
@@ -459,7 +492,11 @@ impl Table {
     }
 
     /// The answer, if it is there.
-    fn answer(&mut self, cookie: Cookie, cx: &mut Context<'_>) -> Poll<io::Result<Vec<Extent>>> {
+    fn answer(
+        &mut self,
+        cookie: Cookie,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Vec<Extent>, Failure>> {
         let entry = self.entry(cookie).expect("a slot lives until it is let go");
         if !entry.done {
             match &mut entry.waker {
@@ -469,7 +506,8 @@ impl Table {
             return Poll::Pending;
         }
         Poll::Ready(match entry.error {
-            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+            _ if entry.lost => Err(Failure::Lost),
+            Some(errno) => Err(Failure::Error(io::Error::from_raw_os_error(errno))),
             None => Ok(std::mem::take(&mut entry.extents)),
         })
     }
@@ -518,22 +556,25 @@ impl<'a> Request<'a> {
         connection: &'a Connection,
         permit: SemaphoreGuard<'_>,
         ask: Ask<'a>,
-    ) -> io::Result<Request<'a>> {
+    ) -> Result<Request<'a>, Failure> {
         let Ask { command, flags, offset, length, .. } = ask;
         let cookie = connection.with(|state| {
-            state.check_alive()?;
+            // It is lost under the same lock.
+            if connection.is_lost() {
+                return Err(Failure::Lost);
+            }
             // SAFETY: `'a` borrows the buffer for as long as the `Request` lives, and its `Drop` lets go.
             let cookie = unsafe { state.table.insert(ask) };
             permit.forget();
             state.enqueue(command, flags, cookie, offset, length);
-            Ok::<_, io::Error>(cookie)
+            Ok(cookie)
         })?;
         Ok(Request { connection, cookie: Some(cookie), lent: PhantomData })
     }
 }
 
 impl Future for Request<'_> {
-    type Output = io::Result<Vec<Extent>>;
+    type Output = Result<Vec<Extent>, Failure>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let cookie = self.cookie.expect("polled after completion");
@@ -585,7 +626,9 @@ pub mod tests {
 
     fn answer(table: &mut Table, cookie: Cookie) -> Option<Result<Vec<Extent>, i32>> {
         match table.answer(cookie, &mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(answer) => Some(answer.map_err(|e| e.raw_os_error().unwrap())),
+            Poll::Ready(answer) => {
+                Some(answer.map_err(|e| io::Error::from(e).raw_os_error().unwrap()))
+            }
             Poll::Pending => None,
         }
     }

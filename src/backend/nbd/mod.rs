@@ -3,9 +3,10 @@
 //! ```text
 //! uri ── dial ── handshake (over socket or tls)                    start-up, blocking
 //!          │
-//!   NbdLane ┬ blocks ─ commands ─ connections ─ connection ┬ requests ─┐     serving, asynchronous
-//!           └ ahead ─ holes ─ extents                      ├ inflight  ├ stream
-//!                                                          └ replies  ─┘
+//!   NbdLane ┬ blocks ─ commands ─ connections ┬ connection ┬ requests ─┐     serving, asynchronous
+//!           └ ahead ─ holes ─ extents         │            ├ inflight  ├ stream
+//!                                             │            └ replies  ─┘
+//!                                             └ unflushed                  what a server that crashes forgets
 //! ```
 //!
 //! Where the server allows several connections (`CAN_MULTI_CONN`) a lane that has much to send gets some of its own,
@@ -18,12 +19,14 @@
 //! written, or `EOPNOTSUPP` where space was to be freed; without `base:allocation` everything is
 //! data. TRIM is never sent.
 
+use std::cell::RefCell;
 use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use smol::Task;
 
 use self::ahead::{Ahead, Reads, Source};
 use self::blocks::Blocks;
@@ -33,9 +36,10 @@ use self::connections::Connections;
 use self::dial::{Dialer, Export};
 use self::extents::Extents;
 use self::holes::Sparse;
+use self::unflushed::{Reserved, Unflushed};
 use self::wire::transmission_flag;
 use super::range_lock::RangeLock;
-use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
+use super::{Backend, Capabilities, Lane, Loan, Seek, Stat, Zero};
 use crate::io::Io;
 
 pub use self::error::Error;
@@ -61,7 +65,9 @@ mod pages;
 mod replies;
 mod requests;
 mod stream;
+mod stream_copy;
 mod tls;
+mod unflushed;
 pub mod uri;
 mod wire;
 
@@ -72,14 +78,23 @@ mod tests;
 /// write; a server that is gone is found out sooner, by the socket.
 const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(120);
 
-/// How to connect.
-#[derive(Clone, Debug)]
+/// How to reach a server, and what to do when it is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// The directory with `ca-cert.pem` and perhaps `client-cert.pem` and `client-key.pem`, unless
     /// the URI names one. Without either the system's roots count.
     pub tls_certificates: Option<PathBuf>,
     /// For connecting and the whole handshake.
     pub connect_timeout: Duration,
+    /// For how long a server that cannot be reached is tried again at the start.
+    pub open_timeout: Duration,
+    /// After so long without an answer to a request a connection counts as lost; none: a server may take its time.
+    pub timeout: Option<Duration>,
+    /// How long requests wait for a server that is gone; zero: it is gone for good.
+    pub reconnect_timeout: Duration,
+    /// How much of what is acknowledged and not yet durable is kept, to be written again after a server's crash, in bytes; zero:
+    /// the next fsync tells of the loss.
+    pub unflushed: usize,
     /// How many connections there may be; none: chosen from the number of CPUs.
     pub connections: Option<usize>,
 }
@@ -89,6 +104,10 @@ impl Default for Options {
         Options {
             tls_certificates: None,
             connect_timeout: Duration::from_secs(10),
+            open_timeout: Duration::ZERO,
+            timeout: None,
+            reconnect_timeout: Duration::from_secs(300),
+            unflushed: 64 << 20,
             connections: None,
         }
     }
@@ -100,44 +119,17 @@ pub struct NbdBackend {
     connected: (i64, u32),
     /// Over all lanes: see [`blocks`].
     lock: Arc<RangeLock>,
-    unflushed: Unflushed,
     extents: Arc<Extents>,
     ahead: Arc<Ahead>,
-}
-
-/// Whether acknowledged writes await a flush. Counts both, so that a write that completes while a
-/// flush is on its way is not taken for flushed.
-#[derive(Debug, Default)]
-struct Unflushed {
-    acknowledged: AtomicU64,
-    flushed: AtomicU64,
-}
-
-impl Unflushed {
-    fn acknowledge(&self) {
-        self.acknowledged.fetch_add(1, Ordering::SeqCst);
-    }
-
-    /// What a flush that begins now will cover.
-    fn mark(&self) -> u64 {
-        self.acknowledged.load(Ordering::SeqCst)
-    }
-
-    fn flushed_to(&self, mark: u64) {
-        self.flushed.fetch_max(mark, Ordering::SeqCst);
-    }
-
-    fn any(&self) -> bool {
-        self.flushed.load(Ordering::SeqCst) < self.mark()
-    }
 }
 
 impl NbdBackend {
     /// Connects to the export, blocking; the connection becomes the first lane's.
     pub fn connect(uri: &Uri, options: &Options) -> Result<Arc<NbdBackend>, Error> {
         let dialer = Dialer::new(uri, options)?;
-        let connection = Connection::new(uri.to_string(), dialer.open()?, Arc::default());
-        Ok(NbdBackend::over(Connections::new(dialer, connection, options.connections)))
+        let opened = dialer.open_until(Instant::now() + options.open_timeout)?;
+        let connection = Connection::new(uri.to_string(), opened, Arc::default());
+        Ok(NbdBackend::over(Connections::new(dialer, connection, options)))
     }
 
     fn over(connections: Arc<Connections>) -> Arc<NbdBackend> {
@@ -146,7 +138,6 @@ impl NbdBackend {
             connections,
             connected: (now.as_secs() as i64, now.subsec_nanos()),
             lock: Arc::default(),
-            unflushed: Unflushed::default(),
             extents: Arc::default(),
             ahead: Arc::default(),
         })
@@ -156,6 +147,10 @@ impl NbdBackend {
         self.connections.export()
     }
 
+    fn unflushed(&self) -> &Arc<Unflushed> {
+        self.connections.unflushed()
+    }
+
     /// How many connections there are.
     pub fn connections(&self) -> usize {
         self.connections.all().len()
@@ -163,10 +158,7 @@ impl NbdBackend {
 
     /// The system calls on all sockets so far.
     pub fn system_calls(&self) -> SystemCalls {
-        let each = |connection: &Arc<Connection>| connection.system_calls();
-        self.connections.all().iter().map(each).fold(SystemCalls::default(), |sum, one| {
-            SystemCalls { sends: sum.sends + one.sends, receives: sum.receives + one.receives }
-        })
+        self.connections.system_calls()
     }
 }
 
@@ -183,6 +175,8 @@ impl Backend for NbdBackend {
             cached: Reads::new(self.ahead.clone(), sparse.clone(), size, io.clone()),
             blocks,
             sparse,
+            io: io.clone(),
+            making_room: RefCell::default(),
         })
     }
 
@@ -219,21 +213,35 @@ impl Backend for NbdBackend {
     fn forget(&self) {
         self.extents.forget_all();
         self.ahead.forget();
+        self.unflushed().give_memory_back();
+    }
+
+    fn hurry(&self) {
+        self.connections.hurry();
     }
 
     /// Flushes over any connection that still works, if anything was written, then says goodbye on
-    /// all. It fails if acknowledged writes could not be flushed; a lost connection alone is no
-    /// failure.
-    fn last_flush(&self) -> io::Result<()> {
+    /// all. It fails if acknowledged writes could not be flushed, or were lost and nobody has been told; a lost connection
+    /// alone is no failure.
+    fn last_flush(&self, patience: Duration) -> io::Result<()> {
         match self.extents.asked() {
             0 => {}
             n => log::info!("block status: {n} commands"),
         }
         self.ahead.log_use();
         let connections = self.connections.close();
-        let flushed = self.flush_over_any(&connections, LAST_FLUSH_LIMIT);
+        let flushed = self.flush_over_any(&connections, LAST_FLUSH_LIMIT).or_else(|error| {
+            if connections.iter().any(|connection| !connection.is_lost()) {
+                return Err(error);
+            }
+            self.connections.bring_back_at_the_end(patience)
+        });
         connections.iter().for_each(|connection| connection.disconnect());
-        flushed
+        flushed.map_err(|error| {
+            let text = format!("acknowledged writes could not be made durable: {error}");
+            io::Error::new(error.kind(), text)
+        })?;
+        self.tell_losses()
     }
 }
 
@@ -242,24 +250,29 @@ impl NbdBackend {
     fn flush_over_any(&self, connections: &[Arc<Connection>], limit: Duration) -> io::Result<()> {
         let deadline = Instant::now() + limit;
         let mut result = Err(io::Error::other("the connection to the NBD server was lost"));
-        if !self.unflushed.any() {
+        if !self.unflushed().any() {
             return Ok(());
         }
         for connection in connections.iter().filter(|connection| !connection.is_lost()) {
-            let mark = self.unflushed.mark();
+            let mark = self.unflushed().mark();
             let commands = Commands::over(connection.clone());
             result = connection.run_blocking(commands.flush(), deadline);
             if result.is_ok() {
-                self.unflushed.flushed_to(mark);
+                self.unflushed().flushed_to(mark);
             }
             if result.is_ok() || Instant::now() >= deadline {
                 break;
             }
         }
-        result.map_err(|error| {
-            let text = format!("acknowledged writes could not be made durable: {error}");
-            io::Error::new(error.kind(), text)
-        })
+        result
+    }
+
+    /// `EIO`, once, if acknowledged writes were lost.
+    fn tell_losses(&self) -> io::Result<()> {
+        if self.unflushed().tell() {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        Ok(())
     }
 }
 
@@ -271,6 +284,9 @@ pub struct NbdLane {
     sparse: Rc<Sparse>,
     /// ... and ahead of them.
     cached: Reads<Sparse>,
+    io: Rc<Io>,
+    /// A FLUSH before there is no room left for what is acknowledged and not durable.
+    making_room: RefCell<Option<Task<()>>>,
 }
 
 impl NbdLane {
@@ -289,6 +305,54 @@ impl NbdLane {
         }
         Ok(())
     }
+}
+
+impl NbdLane {
+    /// Room for a write: once it is acknowledged, it is kept until it is durable.
+    async fn room_for(&self, length: usize) -> io::Result<Reserved<'_>> {
+        // What fills only part of a block is written as a block.
+        let bytes = length + 2 * self.blocks.commands().minimum() as usize;
+        let unflushed = self.backend.unflushed();
+        loop {
+            if let Some(reserved) = unflushed.reserve(bytes) {
+                return Ok(reserved);
+            }
+            let _turn = unflushed.turn().await;
+            if let Some(reserved) = unflushed.reserve(bytes) {
+                return Ok(reserved);
+            }
+            flush(&self.backend, self.blocks.commands()).await?;
+        }
+    }
+
+    /// Has a FLUSH made room in time, beside the writes to come.
+    fn make_room_in_time(&self) {
+        if !self.backend.unflushed().is_due() {
+            return;
+        }
+        let mut making_room = self.making_room.borrow_mut();
+        if making_room.as_ref().is_some_and(|task| !task.is_finished()) {
+            return;
+        }
+        let (backend, commands) = (self.backend.clone(), self.blocks.commands().clone());
+        *making_room = Some(self.io.spawn(async move {
+            let Some(_turn) = backend.unflushed().turn_if_free() else { return };
+            if let Err(e) = flush(&backend, &commands).await {
+                log::error!("a flush to bound what is not durable: {e}");
+            }
+        }));
+    }
+}
+
+/// Makes everything acknowledged so far durable.
+async fn flush(backend: &NbdBackend, commands: &Commands) -> io::Result<()> {
+    let mark = backend.unflushed().mark();
+    commands.flush().await?;
+    // Without it nothing is known to be durable, ever.
+    if backend.export().has(transmission_flag::SEND_FLUSH) {
+        backend.unflushed().flushed_to(mark);
+    }
+    Ok(())
 }
 
 fn unsupported<T>() -> io::Result<T> {
@@ -311,34 +375,36 @@ impl Lane for NbdLane {
         Ok(length)
     }
 
-    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<Loan> {
         self.check_range(offset, data.len() as u64)?;
+        let _room = self.room_for(data.len()).await?;
+        let losses = self.backend.unflushed().losses();
         let _changing = self.backend.extents.changing(offset..offset + data.len() as u64);
         let _writing = self.backend.ahead.writing(offset..offset + data.len() as u64);
-        self.blocks.write(offset, data, durable).await?;
-        if !durable {
-            self.backend.unflushed.acknowledge();
+        let loan = self.blocks.write(offset, data, durable).await?;
+        if durable && self.backend.unflushed().losses() != losses {
+            // The server may have crashed between the write and the FLUSH behind it.
+            return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        Ok(())
+        self.make_room_in_time();
+        Ok(loan)
     }
 
     async fn flush(&self) -> io::Result<()> {
-        // A close after an fsync, or of a file that was never written: there is nothing to make durable.
-        if !self.backend.unflushed.any() {
-            return Ok(());
+        // A close after an fsync, or of a file that was never written, has nothing to make durable.
+        if self.backend.unflushed().any() {
+            flush(&self.backend, self.blocks.commands()).await?;
         }
-        let mark = self.backend.unflushed.mark();
-        self.blocks.commands().flush().await?;
-        self.backend.unflushed.flushed_to(mark);
-        Ok(())
+        self.backend.tell_losses()
     }
 
     async fn zero(&self, offset: u64, len: u64, how: Zero) -> io::Result<()> {
         self.check_range(offset, len)?;
         let _changing = self.backend.extents.changing(offset..offset + len);
         let _writing = self.backend.ahead.writing(offset..offset + len);
+        let _room = self.room_for(0).await?;
         self.blocks.zero(offset, len, how).await?;
-        self.backend.unflushed.acknowledge();
+        self.make_room_in_time();
         Ok(())
     }
 

@@ -27,6 +27,13 @@ pub struct SystemCalls {
     pub receives: u64,
 }
 
+impl SystemCalls {
+    /// The sum.
+    pub fn plus(self, other: SystemCalls) -> SystemCalls {
+        SystemCalls { sends: self.sends + other.sends, receives: self.receives + other.receives }
+    }
+}
+
 /// A byte stream over a non-blocking socket.
 pub struct Stream {
     socket: Counted,

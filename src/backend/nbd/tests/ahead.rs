@@ -91,7 +91,7 @@ fn reads_beside_writes(backend: &Arc<NbdBackend>) {
         }
     });
     assert!(backend.ahead.used_bytes() > 4 * backend.size(), "{:?}", backend.ahead);
-    backend.last_flush().unwrap();
+    backend.last_flush(Duration::ZERO).unwrap();
 }
 
 #[test]

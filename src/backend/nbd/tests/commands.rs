@@ -14,7 +14,8 @@ use super::{Random, connect, on_lane, on_lane_in_ring};
 use crate::backend::{Backend, Lane, Seek, Zero};
 
 fn errno<T: std::fmt::Debug>(result: std::io::Result<T>) -> i32 {
-    result.unwrap_err().raw_os_error().unwrap()
+    // As the client sees it.
+    -crate::errno::Errno::from(result.unwrap_err()).wire()
 }
 
 /// Rounds of operations that run at the same time on neighbouring ranges, cut at any byte.
@@ -109,7 +110,7 @@ fn model_tests_over(uri: &str, threads: u64, connections: usize) -> Arc<NbdBacke
     while backend.connections() < connections && begun.elapsed() < Duration::from_secs(10) {
         std::thread::sleep(Duration::from_millis(10));
     }
-    backend.last_flush().unwrap();
+    backend.last_flush(Duration::ZERO).unwrap();
     if connections > 1 {
         assert_eq!(backend.connections(), connections);
     }
@@ -130,7 +131,7 @@ fn model_in_a_ring() {
     let backend = connect(&server.uri(""));
     let region = 0..600_000;
     on_lane_in_ring(&backend, async |lane, executor| model_test(lane, executor, region, 1).await);
-    backend.last_flush().unwrap();
+    backend.last_flush(Duration::ZERO).unwrap();
 }
 
 #[test]
@@ -270,7 +271,7 @@ fn dropped_requests_do_not_disturb_others() {
                     match n % 2 {
                         0 => lane.read(offset, &mut buf).await.map(drop),
                         // The bytes that are there anyway: dropped or not, it changes nothing.
-                        _ => lane.write(offset, expected, false).await,
+                        _ => lane.write(offset, expected, false).await.map(drop),
                     }
                 };
                 let timeout = async {
@@ -293,7 +294,7 @@ fn dropped_requests_do_not_disturb_others() {
         lane.read(0, &mut buf).await.unwrap();
         assert!(buf == *data);
     });
-    backend.last_flush().unwrap();
+    backend.last_flush(Duration::ZERO).unwrap();
 }
 
 #[test]
@@ -447,10 +448,10 @@ fn the_last_flush_tells_what_was_lost() {
             lane.write(0, &[1; 4096], true).await.unwrap();
         });
         server.kill();
-        durable.last_flush().unwrap();
-        flushed.last_flush().unwrap();
-        untouched.last_flush().unwrap();
-        let error = written.last_flush().unwrap_err().to_string();
+        durable.last_flush(Duration::ZERO).unwrap();
+        flushed.last_flush(Duration::ZERO).unwrap();
+        untouched.last_flush(Duration::ZERO).unwrap();
+        let error = written.last_flush(Duration::ZERO).unwrap_err().to_string();
         assert!(error.contains("could not be made durable"), "{error}");
     }
 }
@@ -463,7 +464,7 @@ fn the_last_flush_is_sent_and_the_server_hears_the_goodbye() {
     let Some(server) = nbdkit(&["--filter=log", "memory", "1M", &logging]) else { return };
     let backend = connect(&server.uri(""));
     on_lane(&backend, async |lane, _| lane.write(0, &[1; 4096], false).await.unwrap());
-    backend.last_flush().unwrap();
+    backend.last_flush(Duration::ZERO).unwrap();
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         let text = std::fs::read_to_string(&log).unwrap_or_default();
@@ -495,7 +496,7 @@ fn a_server_that_dies_fails_requests_with_eio() {
         // Nothing was acknowledged that could be lost.
         lane.flush().await.unwrap();
     });
-    backend.last_flush().unwrap();
+    backend.last_flush(Duration::ZERO).unwrap();
 }
 
 /// System calls of `reads` reads of `length` bytes, `depth` at a time, after a warm-up.

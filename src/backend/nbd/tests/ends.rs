@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::super::connection::Connection;
 use super::super::connections::Connections;
 use super::super::dial::Dialer;
+use super::super::unflushed::Change;
 use super::super::wire::Headers;
 use super::super::{LAST_FLUSH_LIMIT, NbdBackend};
 use super::options;
@@ -16,7 +17,7 @@ use crate::export::{Cache, Export, Policy, Truncate};
 /// A disk behind these connections, the first of which tells what it is.
 pub fn disk(connections: &[Arc<Connection>]) -> Arc<NbdBackend> {
     let dialer = Dialer::new(&"nbd://peer/".parse().unwrap(), &options()).unwrap();
-    let all = Connections::new(dialer, connections[0].clone(), None);
+    let all = Connections::new(dialer, connections[0].clone(), &options());
     connections[1..].iter().for_each(|connection| all.add(connection.clone(), 0));
     NbdBackend::over(all)
 }
@@ -36,7 +37,7 @@ fn the_server_of_a_read_only_export_hears_the_goodbye_and_no_flush() {
         gid: 0,
     };
     let export = Export::new(disk(&[connection]), policy, Arc::default()).unwrap();
-    export.last_flush().unwrap();
+    export.last_flush(Duration::ZERO).unwrap();
     drop(export);
     peer.join().unwrap();
 }
@@ -49,11 +50,11 @@ fn a_server_that_hangs_costs_the_time_of_the_last_flush_once() {
         connection(Headers::Structured, |mut peer| assert!(peer.hears_goodbye()));
     let connections = [silent, untried];
     let backend = disk(&connections);
-    backend.unflushed.acknowledge();
+    backend.unflushed().begin().acknowledged(0, Change::Data(&[1]));
     let flushed = backend.flush_over_any(&connections, Duration::from_millis(100));
     assert_eq!(flushed.unwrap_err().kind(), ErrorKind::TimedOut);
     assert!(connections[0].is_lost() && !connections[1].is_lost());
-    assert!(backend.unflushed.any());
+    assert!(backend.unflushed().any());
     connections[1].disconnect();
     first.join().unwrap();
     second.join().unwrap();
@@ -69,9 +70,9 @@ fn a_connection_that_fails_leaves_the_last_flush_to_another() {
     });
     let connections = [failing, working];
     let backend = disk(&connections);
-    backend.unflushed.acknowledge();
+    backend.unflushed().begin().acknowledged(0, Change::Data(&[1]));
     backend.flush_over_any(&connections, LAST_FLUSH_LIMIT).unwrap();
-    assert!(connections[0].is_lost() && !backend.unflushed.any());
+    assert!(connections[0].is_lost() && !backend.unflushed().any());
     connections[1].disconnect();
     first.join().unwrap();
     second.join().unwrap();

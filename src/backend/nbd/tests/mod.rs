@@ -5,7 +5,9 @@ mod commands;
 mod ends;
 mod errors;
 mod extents;
+mod hostile;
 mod peer;
+mod returns;
 mod servers;
 mod tls;
 mod transmission;
@@ -25,7 +27,9 @@ use crate::io::Io;
 use crate::transport::ring::Ring;
 
 fn options() -> Options {
-    Options { connect_timeout: Duration::from_secs(5), ..Options::default() }
+    // A server that is gone is gone: what is tested here is not its return.
+    let (connect_timeout, reconnect_timeout) = (Duration::from_secs(5), Duration::ZERO);
+    Options { connect_timeout, reconnect_timeout, ..Options::default() }
 }
 
 fn connect(uri: &str) -> Arc<NbdBackend> {
@@ -77,7 +81,7 @@ impl Wake for Woken {
 }
 
 /// A small random number generator: the tests must be repeatable.
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -88,11 +92,11 @@ impl Random {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    fn below(&mut self, bound: u64) -> u64 {
+    pub fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound
     }
 
-    fn bytes(&mut self, length: usize) -> Vec<u8> {
+    pub fn bytes(&mut self, length: usize) -> Vec<u8> {
         (0..length).map(|_| self.next() as u8).collect()
     }
 }

@@ -158,6 +158,6 @@ pub fn drive<R>(
 ) -> R {
     let executor = Rc::new(LocalExecutor::new());
     let io = Io::in_reactor(executor.clone());
-    let _driver = connection.driver(&io);
+    let _driver = connection.driver(&io, None, |_| {});
     smol::block_on(executor.run(work(executor.clone())))
 }

@@ -1,6 +1,7 @@
 //! TLS against nbdkit and qemu-nbd, with certificates made for the test.
 
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use super::super::{Error, NbdBackend, Uri};
 use super::commands::model_tests;
@@ -124,7 +125,7 @@ fn works(uri: &str) {
         }
         lane.write(0, &[1], false).await.unwrap();
     });
-    backend.last_flush().unwrap();
+    backend.last_flush(Duration::ZERO).unwrap();
 }
 
 #[track_caller]

@@ -8,13 +8,13 @@ use smol::Timer;
 use smol::future::{or, poll_once, zip};
 
 use super::super::connection::Connection;
-use super::super::inflight::Extent;
 use super::super::inflight::Sending::{ByPages, Copied};
+use super::super::inflight::{Extent, Failure};
 use super::super::wire::{Command, Headers};
 use super::peer::{CONTEXT, Seen, chunk, connection, drive};
 
-fn errno(result: std::io::Result<()>) -> i32 {
-    result.unwrap_err().raw_os_error().unwrap()
+fn errno(result: Result<(), Failure>) -> i32 {
+    std::io::Error::from(result.unwrap_err()).raw_os_error().unwrap()
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn a_dropped_read_is_drained_and_its_buffer_is_not_touched() {
 }
 
 /// Begins a long write, and drops it when some of it has been sent.
-async fn drop_half_sent(write: impl Future<Output = std::io::Result<()>>) {
+async fn drop_half_sent<T>(write: impl Future<Output = T>) {
     let mut write = Box::pin(write);
     assert!(poll_once(write.as_mut()).await.is_none());
     // Time for the first part to fill the socket, and the pipe before it.
