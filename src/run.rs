@@ -664,7 +664,7 @@ impl Control {
             if let Some(mounted) = &mount {
                 self.keep_size(mounted, export);
                 if let Some(stop) = &mut self.stop {
-                    if stop.began.elapsed() >= AWAY {
+                    if stop.is_by_signal && stop.began.elapsed() >= AWAY {
                         export.backend().hurry();
                     }
                     stop.go_on(mounted, export.is_open(), export.cache());

@@ -12,6 +12,7 @@ use crate::common::suite::trial;
 use crate::common::{assert_errno, program};
 
 pub fn trials() -> Vec<Trial> {
+    let root = |name: &str, test: fn()| trial(name.into(), vec!["fuse", "root"], test);
     let trial = |name: &str, test: fn()| trial(name.into(), vec!["fuse"], test);
     vec![
         trial("command_waits_for_its_children", command_waits_for_its_children),
@@ -21,6 +22,8 @@ pub fn trials() -> Vec<Trial> {
         trial("too_few_open_files_are_refused", too_few_open_files_are_refused),
         trial("rings_are_given_up_for_want_of_open_files", rings_are_given_up),
         trial("open_files_are_allowed_up_to_the_hard_limit", open_files_are_allowed),
+        root("privileges_that_are_not_needed_are_given_up", privileges_are_given_up),
+        root("command_has_the_privileges_of_whoever_starts_it", command_keeps_privileges),
     ]
 }
 
@@ -106,4 +109,42 @@ fn open_files_are_allowed() {
     let mut export = export(&sandbox, "mem:1M", "ulimit -Sn 16");
     assert_eq!(fs::read(export.file()).unwrap(), vec![0; 1 << 20]);
     export.stop(libc::SIGTERM).assert(0, &[]);
+}
+
+/// Capabilities of a process by `name` of proc(5).
+fn capabilities(status: &str, name: &str) -> u64 {
+    let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("proc(5) has it");
+    u64::from_str_radix(line.trim_start_matches(':').trim(), 16).expect("a mask")
+}
+
+/// On every thread, and with no way back.
+fn privileges_are_given_up() {
+    // CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER and CAP_SYS_ADMIN.
+    const NEEDED: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 21;
+    let sandbox = Sandbox::new();
+    let mut export = export(&sandbox, "mem:1M", "true");
+    let ours = fs::read_to_string("/proc/self/status").unwrap();
+    let expected = capabilities(&ours, "CapEff") & NEEDED;
+    // It is a child of timeout(1), which ends it if the test cannot.
+    let pid = export.pid();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let tasks = fs::read_dir(format!("/proc/{}/task", children.trim())).unwrap();
+    let mut threads = 0;
+    for task in tasks {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        assert_eq!(capabilities(&status, "CapEff"), expected, "{status}");
+        assert_eq!(capabilities(&status, "CapPrm"), expected, "{status}");
+        assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+        threads += 1;
+    }
+    assert!(threads > 1);
+    export.stop(libc::SIGTERM).assert(0, &[]);
+}
+
+fn command_keeps_privileges() {
+    let ours = fs::read_to_string("/proc/self/status").unwrap();
+    let output = run("cat /proc/self/status");
+    let status = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(capabilities(&status, "CapEff"), capabilities(&ours, "CapEff"), "{output:?}");
+    assert!(status.contains("NoNewPrivs:\t0"), "{status}");
 }

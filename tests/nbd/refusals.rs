@@ -207,6 +207,47 @@ const REFUSALS: &[Refusal] = &[
     },
 ];
 
+/// A server without end: its listing is refused, in bounded memory.
+fn endless_listing() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("nbd://{}/", listener.local_addr().unwrap());
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"NBDMAGICIHAVEOPT\0\x03").unwrap();
+        // Its flags, and then it is told of exports whatever it asks.
+        std::io::Read::read_exact(&mut stream, &mut [0; 4]).unwrap();
+        let mut options = 0;
+        loop {
+            let mut header = [0; 16];
+            if std::io::Read::read_exact(&mut stream, &mut header).is_err() {
+                return;
+            }
+            let option = &header[8..12];
+            let reply = |kind: u32, data: &[u8]| {
+                let magic = 0x0003_e889_0455_65a9_u64.to_be_bytes();
+                let length = (data.len() as u32).to_be_bytes();
+                [&magic[..], option, &kind.to_be_bytes(), &length, data].concat()
+            };
+            options += 1;
+            assert!(options < 10);
+            if option != [0, 0, 0, 3] {
+                stream.write_all(&reply(0x8000_0001, &[])).unwrap();
+                continue;
+            }
+            let name = vec![b'x'; 60_000];
+            let one = reply(2, &[&60_000_u32.to_be_bytes()[..], &name].concat());
+            while stream.write_all(&one).is_ok() {}
+            return;
+        }
+    });
+    let list = format!("ulimit -v 262144; exec {} --list {uri}", binary());
+    let output = program("bash", ["-c", &list]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains("has no end"), "{said}");
+    server.join().unwrap();
+}
+
 pub fn trials() -> Vec<Trial> {
     let trials = REFUSALS.iter().map(|refusal| {
         trial(format!("refused/{}", refusal.name), refusal.needs.to_vec(), || {
@@ -216,7 +257,8 @@ pub fn trials() -> Vec<Trial> {
             assert_refused(&words, refusal.status, refusal.says);
         })
     });
-    trials.collect()
+    let endless = trial("refused/endless_listing".into(), vec!["nbd"], endless_listing);
+    trials.chain([endless]).collect()
 }
 
 pub fn read_only_server_makes_a_read_only_file(bench: &Bench) {

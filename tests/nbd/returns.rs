@@ -377,7 +377,8 @@ pub fn start_waits_for_the_server(bench: &Bench) {
     let start = std::time::Instant::now();
     let refused = bench.try_export(&uri, &["--open-timeout=1"]).err().expect("nobody is there");
     refused.assert(3, &["cannot connect"]);
-    assert!((700..5000).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
+    // A child of another trial may have had to wait for a server that is stopped there.
+    assert!((700..20_000).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
     let (mut export, _server) = std::thread::scope(|scope| {
         let export = scope.spawn(|| bench.try_export(&uri, &["--open-timeout=20"]).unwrap());
         std::thread::sleep(Duration::from_millis(700));

@@ -321,7 +321,7 @@ impl NbdLane {
             if let Some(reserved) = unflushed.reserve(bytes) {
                 return Ok(reserved);
             }
-            flush(&self.backend, self.blocks.commands()).await?;
+            flush_unasked(&self.backend, self.blocks.commands()).await?;
         }
     }
 
@@ -337,9 +337,8 @@ impl NbdLane {
         let (backend, commands) = (self.backend.clone(), self.blocks.commands().clone());
         *making_room = Some(self.io.spawn(async move {
             let Some(_turn) = backend.unflushed().turn_if_free() else { return };
-            if let Err(e) = flush(&backend, &commands).await {
-                log::error!("a flush to bound what is not durable: {e}");
-            }
+            // A writer that needs the room has the error.
+            let _ = flush_unasked(&backend, &commands).await;
         }));
     }
 }
@@ -353,6 +352,17 @@ async fn flush(backend: &NbdBackend, commands: &Commands) -> io::Result<()> {
         backend.unflushed().flushed_to(mark);
     }
     Ok(())
+}
+
+/// As [`flush`], where no client has asked for it: if the server could not store something, it may have said so once, and to
+/// us.
+async fn flush_unasked(backend: &NbdBackend, commands: &Commands) -> io::Result<()> {
+    flush(backend, commands).await.inspect_err(|e| {
+        if e.kind() != io::ErrorKind::NotConnected {
+            log::error!("a flush to bound what is not durable: {e}");
+            backend.unflushed().lose(0);
+        }
+    })
 }
 
 fn unsupported<T>() -> io::Result<T> {

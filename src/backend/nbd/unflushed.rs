@@ -59,6 +59,8 @@ struct Kept {
     state: Mutex<State>,
     /// Whoever makes room by a FLUSH.
     turn: AsyncMutex<()>,
+    /// That is due; told without the lock.
+    is_due: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -119,6 +121,7 @@ impl Unflushed {
                 reserved_writes: 0,
             }),
             turn: AsyncMutex::new(()),
+            is_due: AtomicBool::new(false),
         });
         Arc::new(Unflushed {
             acknowledged: AtomicU64::new(0),
@@ -145,7 +148,9 @@ impl Unflushed {
     pub fn flushed_to(&self, mark: u64) {
         self.flushed.fetch_max(mark, Ordering::SeqCst);
         if let Some(kept) = &self.kept {
-            kept.state().store.drop_to(mark);
+            let mut state = kept.state();
+            state.store.drop_to(mark);
+            kept.is_due.store(state.store.is_half_full(), Ordering::Relaxed);
         }
     }
 
@@ -171,7 +176,7 @@ impl Unflushed {
 
     /// Whether it is time to make room.
     pub fn is_due(&self) -> bool {
-        self.kept.as_ref().is_some_and(|kept| kept.state().store.is_half_full())
+        self.kept.as_ref().is_some_and(|kept| kept.is_due.load(Ordering::Relaxed))
     }
 
     /// A write is on its way from here until what it gives is dropped, or has noted its end. What is lost with
@@ -191,6 +196,9 @@ impl Unflushed {
                     _ => self.acknowledged.fetch_add(1, Ordering::SeqCst) + 1,
                 };
                 state.store.note(offset, change, number);
+                if state.store.is_half_full() && !self.is_due() {
+                    kept.is_due.store(true, Ordering::Relaxed);
+                }
             }
             None if matches!(change, Change::Durable(_)) => {}
             None => _ = self.acknowledged.fetch_add(1, Ordering::SeqCst),
@@ -251,6 +259,7 @@ impl Unflushed {
         if let Some(kept) = &self.kept {
             let mut state = kept.state();
             (state.store, state.is_taken) = (store, false);
+            kept.is_due.store(state.store.is_half_full(), Ordering::Relaxed);
         }
     }
 

@@ -1,17 +1,26 @@
 //! Transmission against a scripted peer: orders and mistakes that real servers seldom show.
 
+use std::cell::RefCell;
+use std::io::Read;
+use std::net::{TcpListener, TcpStream};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use smol::Timer;
 use smol::future::{or, poll_once, zip};
+use smol::{LocalExecutor, Timer};
+use socket2::Socket;
 
 use super::super::connection::Connection;
+use super::super::dial::{Export, Opened};
+use super::super::handshake::BlockSizes;
 use super::super::inflight::Sending::{ByPages, Copied};
 use super::super::inflight::{Extent, Failure};
+use super::super::stream::Stream;
 use super::super::wire::{Command, Headers};
 use super::peer::{CONTEXT, Seen, chunk, connection, drive};
+use crate::io::Io;
 
 fn errno(result: Result<(), Failure>) -> i32 {
     std::io::Error::from(result.unwrap_err()).raw_os_error().unwrap()
@@ -457,4 +466,44 @@ fn when_the_driving_thread_ends_another_takes_over() {
     connection.disconnect();
     drop(connection);
     peer.join().unwrap();
+}
+
+/// A request is sent again once its connection was given up. So no more of it may reach the server then: what has not been received is
+/// taken back.
+#[test]
+fn a_connection_that_is_given_up_takes_back_what_was_not_received() {
+    const LENGTH: usize = 32 << 20;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (mut theirs, _) = listener.accept().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let socket = Arc::new(Socket::from(ours));
+    let block_sizes = BlockSizes { minimum: 1, preferred: 4096, maximum: 1 << 25 };
+    let headers = Headers::Simple;
+    let export = Export { size: 1 << 30, flags: 1, block_sizes, headers, base_allocation: None };
+    let stream = Stream::plain(socket.clone());
+    let connection =
+        Connection::new("peer".into(), Opened { stream, socket, export }, Arc::default());
+    let executor = Rc::new(LocalExecutor::new());
+    let io = Io::in_reactor(executor.clone());
+    let reason = Rc::new(RefCell::new(None));
+    let told = reason.clone();
+    let timeout = Some(Duration::from_millis(300));
+    let _driver =
+        connection.driver(&io, timeout, move |why| *told.borrow_mut() = Some(why.to_owned()));
+    let data = vec![1; LENGTH];
+    let written = smol::block_on(executor.run(connection.write(0, &data, Copied, 0)));
+    assert!(matches!(written, Err(Failure::Lost)), "{written:?}");
+    assert!(reason.borrow().as_ref().is_some_and(|why| why.contains("no answer")));
+    let mut received = 0;
+    let mut buf = vec![0; 1 << 20];
+    let end = loop {
+        match theirs.read(&mut buf) {
+            Ok(0) => panic!("it ends politely, after {received} bytes"),
+            Ok(bytes) => received += bytes,
+            Err(e) => break e,
+        }
+    };
+    assert_eq!(end.kind(), std::io::ErrorKind::ConnectionReset);
+    assert!(received < LENGTH, "all of it");
 }
