@@ -562,10 +562,11 @@ impl<B: Backend> Export<B> {
             blksize: self.capabilities.preferred_io_bytes,
             ..Default::default()
         };
-        // Sizes and times may change behind the kernel's back, and a stat is cheap. Those that the kernel owns do not, and
-        // it would ask before each write.
+        // A size may change behind the kernel's back, and a stat is cheap. Where it does not, or the kernel owns it, the kernel need
+        // not ask before each read and write by the page cache. (After a write it asks for the times.)
         let valid = match self.policy.cache {
             Cache::Writeback => Duration::from_secs(1),
+            Cache::Writethrough if self.capabilities.fixed_size => Duration::from_secs(1),
             Cache::None | Cache::Writethrough => Duration::ZERO,
         };
         Ok(Reply::Attr { attr, valid })
@@ -724,6 +725,7 @@ mod tests {
             Capabilities {
                 read_only: false,
                 resizable: false,
+                fixed_size: true,
                 preferred_io_bytes: 512,
                 waits: true,
                 may_be_given_up: true,

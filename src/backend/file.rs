@@ -199,6 +199,7 @@ impl FileBackend {
             capabilities: Capabilities {
                 read_only,
                 resizable: !is_device && !read_only,
+                fixed_size: false,
                 preferred_io_bytes: preferred,
                 waits: direct.is_some(),
                 may_be_given_up: false,

@@ -30,6 +30,8 @@ pub struct Capabilities {
     pub read_only: bool,
     /// [`Lane::resize`] and [`Lane::allocate`] work: a regular file or memory.
     pub resizable: bool,
+    /// The size stays what it is, whoever else uses the source.
+    pub fixed_size: bool,
     /// The I/O size that the source prefers, in bytes; reported as `st_blksize`.
     pub preferred_io_bytes: u32,
     /// Requests wait for a device or another host, rather than being copies within this machine's memory.

@@ -184,6 +184,7 @@ impl Backend for NbdBackend {
         Capabilities {
             read_only: self.export().has(transmission_flag::READ_ONLY),
             resizable: false,
+            fixed_size: true,
             preferred_io_bytes: self.export().block_sizes.preferred,
             waits: true,
             may_be_given_up: true,
