@@ -15,6 +15,7 @@ use crate::common::export::Export;
 use crate::common::forgetful::{Forgetful, Kind};
 use crate::common::nbd::{Address, Server, Starter};
 use crate::common::{Aligned, assert_errno, eventually, noise};
+use crate::tls::Certificates;
 use crate::{Bench, open};
 
 const BLOCK: usize = 4096;
@@ -192,12 +193,22 @@ fn kill_and_start(server: &mut Server, steps: &AtomicU64, mut start: impl FnMut(
 }
 
 fn killed_and_started(bench: &Bench, address: &Address, options: &[&str], words: &[&str]) {
+    killed_and_started_at(bench, address, &address.uri(""), options, words);
+}
+
+fn killed_and_started_at(
+    bench: &Bench,
+    address: &Address,
+    uri: &str,
+    options: &[&str],
+    words: &[&str],
+) {
     let disk = bench.disk(&vec![0; SIZE]);
     let words = [words, &["file", disk.to_str().unwrap()]].concat();
     let mut starter = Starter::new(&bench.sandbox);
     let mut start = || starter.nbdkit(address, &words);
     let mut server = start();
-    let mut export = bench.try_export(&address.uri(""), options).unwrap();
+    let mut export = bench.try_export(uri, options).unwrap();
     write_beside(&export, Promise::Acknowledged, |steps| {
         kill_and_start(&mut server, steps, &mut start);
     });
@@ -216,6 +227,17 @@ pub fn killed_server_comes_back_over_tcp(bench: &Bench) {
 
 pub fn killed_server_comes_back_to_one_connection(bench: &Bench) {
     killed_and_started(bench, &Address::unix(&bench.sandbox), &["--connections=1"], &[]);
+}
+
+pub fn killed_server_comes_back_inside_tls(bench: &Bench) {
+    let address = Address::tcp();
+    let Address::Tcp(host) = &address else { unreachable!() };
+    let certificates = Certificates::new(&host.to_string());
+    let server = certificates.folder("server", "ca", Some("server"));
+    let client = certificates.folder("client", "ca", None);
+    let words = ["--tls=require", &format!("--tls-certificates={server}")];
+    let uri = format!("nbds://{host}/?tls-certificates={client}");
+    killed_and_started_at(bench, &address, &uri, &[], &words);
 }
 
 fn forgetful(bench: &Bench, several: bool) -> (Forgetful, String) {

@@ -15,10 +15,10 @@ use crate::{Bench, SIZE, in_memory, open};
 
 /// Two authorities, `ca` and `other`. Of the first are `server`, which is `host`, `wrong`, which is another
 /// host, and `client`; of the other is `stranger`, a client.
-struct Certificates(Sandbox);
+pub struct Certificates(Sandbox);
 
 impl Certificates {
-    fn new(host: &str) -> Certificates {
+    pub fn new(host: &str) -> Certificates {
         let certificates = Certificates(in_memory());
         for authority in ["ca", "other"] {
             certificates.make(authority, None, "basicConstraints=critical,CA:TRUE");
@@ -46,7 +46,7 @@ impl Certificates {
     }
 
     /// A folder as servers and clients want it; `role` is `server` or `client`.
-    fn folder(&self, role: &str, authority: &str, name: Option<&str>) -> String {
+    pub fn folder(&self, role: &str, authority: &str, name: Option<&str>) -> String {
         let path = self.0.join(&format!("{role}-{authority}-{}", name.unwrap_or("nobody")));
         fs::create_dir_all(&path).unwrap();
         let copy = |from: String, to: String| {

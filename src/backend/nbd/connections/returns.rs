@@ -1,0 +1,283 @@
+//! Connections that are lost, and a server that comes back.
+//!
+//! # When one is lost
+//! It is reset, and its requests go by the others. A server that was started anew has never had what it had acknowledged and
+//! not made durable, so a new connection counts only once an older one has answered after it was opened: then both
+//! are to the same server.
+//!
+//! # When all are lost
+//! Requests wait, for a time. A thread dials until the server is there again, and has the same disk; it writes what was
+//! acknowledged and not durable again, and flushes it ([`crate::backend::nbd::unflushed`]); then what was in flight goes out again,
+//! and what has waited.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use smol::Timer;
+
+use super::super::LAST_FLUSH_LIMIT;
+use super::super::commands::{Commands, all};
+use super::super::connection::Connection;
+use super::super::inflight::Sending;
+use super::super::unflushed::Change;
+use super::super::wire::transmission_flag;
+use super::{Connections, Member, Shared};
+
+/// The pause after the first attempt to reach a server again, and the longest: each is twice the one before, and up to half
+/// longer or shorter, so that not all clients of a server come at once.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// So often a request is sent again without a pause.
+const FREE_ATTEMPTS: u32 = 3;
+/// How many of the writes that are made again are on their way at once.
+const AGAIN_AT_ONCE: usize = 64;
+
+/// Why a server is not back.
+enum Absence {
+    /// Another attempt may help.
+    NotYet(String),
+    /// It has another disk.
+    Another(String),
+    /// Nobody needs it any more.
+    Over,
+}
+
+impl Connections {
+    /// A connection is lost: it has been reset, and its requests look for another.
+    pub(super) fn lost(self: &Arc<Self>, connection: &Arc<Connection>, reason: &str) {
+        let uri = self.dialer.uri();
+        let mut shared = self.shared();
+        shared.all.retain(|member| !Arc::ptr_eq(&member.connection, connection));
+        shared.system_calls = shared.system_calls.plus(connection.system_calls());
+        self.version.fetch_add(1, Ordering::Release);
+        if shared.is_closed {
+            return;
+        }
+        if !shared.all.is_empty() {
+            let left = shared.all.len();
+            log::warn!("{uri}: a connection is lost, {left} more go on: {reason}");
+            return self.may_open.store(shared.most > left, Ordering::Release);
+        }
+        if self.reconnect_timeout.is_zero() || shared.is_hurried {
+            log::error!("{uri}: the connection is lost, requests fail from now on: {reason}");
+            return self.refuse();
+        }
+        let limit = self.reconnect_timeout.as_secs_f32();
+        log::warn!(
+            "{uri}: the connection is lost, requests wait up to {limit} s for the server: {reason}"
+        );
+        let pause = match connection.has_answered() {
+            true => Duration::ZERO,
+            false => (2 * shared.pause).clamp(PAUSES.0, PAUSES.1),
+        };
+        shared.pause = pause;
+        let connections = self.clone();
+        let dial = move || connections.dial_until_it_is_back(pause);
+        if let Err(e) = std::thread::Builder::new().name("redial".into()).spawn(dial) {
+            log::error!("{uri}: requests fail from now on: no thread: {e}");
+            self.refuse();
+        }
+    }
+
+    /// Requests fail, those that wait and those that come.
+    fn refuse(&self) {
+        self.refuses.store(true, Ordering::SeqCst);
+        self.news.notify(usize::MAX);
+    }
+
+    /// Nobody is to wait for a server any more: neither now nor if it is lost later.
+    pub fn hurry(&self) {
+        let mut shared = self.shared();
+        shared.is_hurried = true;
+        if shared.all.is_empty() {
+            self.refuse();
+        }
+    }
+
+    fn dial_until_it_is_back(self: Arc<Self>, first: Duration) {
+        let uri = self.dialer.uri();
+        let lost = Instant::now();
+        std::thread::sleep(first);
+        let mut pause = PAUSES.0;
+        loop {
+            let left = self.reconnect_timeout.saturating_sub(lost.elapsed());
+            let refuses = self.refuses.load(Ordering::SeqCst);
+            let limit = if refuses { Duration::MAX } else { left };
+            let why = match self.bring_back(limit, lost) {
+                Ok(()) | Err(Absence::Over) => return,
+                Err(Absence::Another(difference)) => {
+                    self.shared().is_another = true;
+                    log::error!(
+                        "{uri}: another disk is there, requests fail from now on: {difference}"
+                    );
+                    return self.refuse();
+                }
+                Err(Absence::NotYet(why)) => why,
+            };
+            log::debug!("{uri}: not back yet: {why}");
+            let left = self.reconnect_timeout.saturating_sub(lost.elapsed());
+            if left.is_zero() && !refuses {
+                log::error!("{uri}: requests fail until the server is back: {why}");
+                self.refuse();
+            }
+            let random = pause.mul_f64(0.5 + fastrand::f64());
+            std::thread::sleep(if left.is_zero() { random } else { random.min(left) });
+            pause = (2 * pause).min(PAUSES.1);
+        }
+    }
+
+    /// One attempt at it, of at most `limit`.
+    fn bring_back(&self, limit: Duration, lost: Instant) -> Result<(), Absence> {
+        let over = |shared: &Shared| if shared.is_closed { Err(Absence::Over) } else { Ok(()) };
+        over(&self.shared())?;
+        // What goes wrong with so little time is not worth a message.
+        let limit = limit.max(Duration::from_millis(100));
+        let not_yet = |why: &dyn ToString| Absence::NotYet(why.to_string());
+        let opened = self.dialer.open_within(limit).map_err(|e| not_yet(&e))?;
+        if let Some(difference) = self.export.difference(&opened.export) {
+            return Err(Absence::Another(difference));
+        }
+        let several = opened.export.has(transmission_flag::CAN_MULTI_CONN);
+        let connection = self.connection(opened);
+        let _bringing_back = self.bringing_back.lock().expect("no code panics while it is held");
+        over(&self.shared())?;
+        let again = self.write_again(&connection).map_err(|e| not_yet(&e))?;
+        connection.stop_blocking().map_err(|e| not_yet(&e))?;
+        let mut shared = self.shared();
+        if !several {
+            shared.most = 1;
+        }
+        self.may_open.store(shared.most > 1, Ordering::Release);
+        shared.all.push(Member { connection, home: None });
+        shared.find_homes();
+        self.version.fetch_add(1, Ordering::Release);
+        self.refuses.store(false, Ordering::SeqCst);
+        let waiting = self.waiting.load(Ordering::SeqCst);
+        log::warn!(
+            "{}: the server is back after {:.1} s: {again} bytes written again, {waiting} requests have waited",
+            self.dialer.uri(),
+            lost.elapsed().as_secs_f32()
+        );
+        drop(shared);
+        self.news.notify(usize::MAX);
+        Ok(())
+    }
+
+    /// Writes what was acknowledged and not durable again, and flushes it, over a connection that nobody uses yet. How
+    /// many bytes. An error: another attempt may help.
+    fn write_again(&self, connection: &Arc<Connection>) -> io::Result<u64> {
+        let Some(again) = self.unflushed.take() else { return Ok(0) };
+        let commands = Commands::over(connection.clone());
+        let bytes = again.changes().map(|(_, change)| change.length()).sum();
+        let work = async {
+            let mut changes = again.changes();
+            loop {
+                let some: Vec<_> = changes.by_ref().take(AGAIN_AT_ONCE).collect();
+                if some.is_empty() {
+                    return commands.flush().await;
+                }
+                let write = async |(offset, change)| match change {
+                    Change::Data(data) => {
+                        commands.write(offset, data, Sending::Copied, false).await.map(drop)
+                    }
+                    Change::Zero(length, how) => commands.zero(offset, length, how).await,
+                    Change::Durable(_) => Ok(()),
+                };
+                all(some.into_iter().map(write)).await?;
+            }
+        };
+        match connection.run_blocking(work, Instant::now() + LAST_FLUSH_LIMIT) {
+            Ok(()) => {
+                self.unflushed.is_durable(again);
+                Ok(bytes)
+            }
+            Err(e) if connection.is_lost() => {
+                self.unflushed.is_not_durable(again);
+                Err(e)
+            }
+            Err(e) => {
+                log::error!(
+                    "{}: acknowledged writes are lost with the server: {e}",
+                    self.dialer.uri()
+                );
+                self.unflushed.is_lost(again);
+                Ok(0)
+            }
+        }
+    }
+
+    /// The end: one more attempt to reach a server that is gone, for as long as `patience`, and to make durable what it
+    /// had acknowledged.
+    pub fn bring_back_at_the_end(&self, patience: Duration) -> io::Result<()> {
+        let until = Instant::now() + patience;
+        let mut pause = PAUSES.0;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let gone = |why: String| io::Error::other(format!("the server is gone: {why}"));
+            let is_another = self.shared().is_another;
+            if self.reconnect_timeout.is_zero() || is_another {
+                return Err(gone("the connection to it was lost".into()));
+            }
+            let made_durable = match self.dialer.open_within(left.max(Duration::from_millis(100))) {
+                Ok(opened) => match self.export.difference(&opened.export) {
+                    Some(difference) => {
+                        return Err(gone(format!("another disk is there: {difference}")));
+                    }
+                    None => {
+                        let connection = self.connection(opened);
+                        let again = self.write_again(&connection).map(drop);
+                        connection.disconnect();
+                        again
+                    }
+                },
+                Err(e) => Err(gone(e.to_string())),
+            };
+            if made_durable.is_ok() || left.is_zero() {
+                return made_durable;
+            }
+            std::thread::sleep(pause.min(left));
+            pause = (2 * pause).min(PAUSES.1);
+        }
+    }
+
+    /// A connection, once there is one. `NotConnected`: it is not waited for.
+    pub(super) async fn returned(&self) -> io::Result<()> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let _waiting = Waiting(&self.waiting);
+        loop {
+            // Listen first and look again, or the news would be missed.
+            let news = self.news.listen();
+            if self.refuses.load(Ordering::SeqCst) {
+                return Err(io::Error::new(io::ErrorKind::NotConnected, "the server is away"));
+            }
+            if self.shared().all.iter().any(|member| !member.connection.is_lost()) {
+                return Ok(());
+            }
+            news.await;
+        }
+    }
+
+    /// A request has been lost with its connection once more, the first time at `first`: waits until it is to be sent
+    /// again.
+    pub(super) async fn try_again(&self, first: Instant, times: u32) -> io::Result<()> {
+        // What ends every connection that it goes by must not go on for ever.
+        if first.elapsed() > self.reconnect_timeout {
+            let text = "the connections are lost again and again";
+            return Err(io::Error::new(io::ErrorKind::NotConnected, text));
+        }
+        if let Some(doublings) = times.checked_sub(FREE_ATTEMPTS) {
+            Timer::after((PAUSES.0 * (1 << doublings.min(10))).min(PAUSES.1)).await;
+        }
+        Ok(())
+    }
+}
+
+/// One that waits, until it is dropped.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
