@@ -345,7 +345,8 @@ pub fn server_that_is_gone_for_good_does_not_hold_up_the_end(bench: &Bench) {
     std::thread::sleep(Duration::from_millis(300));
     assert!(!reader.is_finished(), "it did not wait");
     let ended = export.stop(SIGTERM);
-    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    // A second, unless a child of another trial has inherited the file and waits for a server that is stopped there.
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     assert_errno(reader.join().unwrap(), EIO);
     ended.assert(1, &["could not be made durable"]);
 }
