@@ -130,16 +130,18 @@ pub fn was_killed(pid: u32) -> bool {
     pid != 0 && stat.is_ok_and(|stat| is_killed_stat(&stat))
 }
 
-/// From the text of /proc/PID/stat (proc_pid_stat(5)): field 9 holds the flags, the 52nd the exit code.
+/// From the text of /proc/PID/stat (proc_pid_stat(5)): field 9 holds the flags. (The exit code at its end is shown only to those who
+/// might trace the process, which this one may not.)
 fn is_killed_stat(stat: &str) -> bool {
-    const PF_EXITING: u64 = 4;
-    const SIGNAL: u64 = 0x7f;
+    // include/linux/sched.h: in do_exit, and by a signal.
+    const PF_EXITING: u64 = 0x4;
+    const PF_SIGNALED: u64 = 0x400;
+    const BOTH: u64 = PF_EXITING | PF_SIGNALED;
     // The name may have anything in it; what follows has no bracket. It begins with field 3.
     let Some((_, rest)) = stat.rsplit_once(')') else { return false };
     let fields: Vec<&str> = rest.split_whitespace().collect();
-    let field = |number: usize| fields.get(number - 3).and_then(|f| f.parse::<u64>().ok());
-    field(9).is_some_and(|flags| flags & PF_EXITING != 0)
-        && field(52).is_some_and(|code| code & SIGNAL != 0)
+    let flags = fields.get(9 - 3).and_then(|flags| flags.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & BOTH == BOTH)
 }
 
 /// From the text of /proc/PID/status.
@@ -226,11 +228,11 @@ mod tests {
 
     #[test]
     fn a_killed_process_is_told_from_one_that_ends() {
-        let stat = |flags: u64, code: u64| {
-            let between = "0 ".repeat(52 - 9 - 1);
-            is_killed_stat(&format!("7 (a) b) R 1 7 7 0 -1 {flags} {between}{code}\n"))
+        let stat = |flags: u64| {
+            let behind = "0 ".repeat(52 - 9);
+            is_killed_stat(&format!("7 (a) b) R 1 7 7 0 -1 {flags} {behind}\n"))
         };
-        assert!(stat(4, 9) && stat(0x40_0004, 2));
-        assert!(!stat(4, 0) && !stat(4, 0x100) && !stat(0, 9));
+        assert!(stat(0x404) && stat(0x40_0404));
+        assert!(!stat(0x4) && !stat(0x400) && !stat(0));
     }
 }
