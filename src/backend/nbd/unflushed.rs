@@ -263,11 +263,14 @@ impl Unflushed {
         }
     }
 
-    /// What was acknowledged up to `mark` is gone for ever.
+    /// What was acknowledged up to `mark` may be gone for ever. It does not count as flushed: some of it may still be in a server's
+    /// cache, and the next fsync is to send a FLUSH.
     pub fn lose(&self, mark: u64) {
         self.untold.store(true, Ordering::SeqCst);
         self.losses.fetch_add(1, Ordering::SeqCst);
-        self.flushed_to(mark);
+        if let Some(kept) = &self.kept {
+            kept.state().store.drop_to(mark);
+        }
     }
 
     /// How often something was lost.
@@ -688,8 +691,9 @@ mod tests {
         let all = Unflushed::new(0);
         write(&all, 0, b"lost");
         assert!(all.any() && all.take().is_none());
-        assert!(!all.any() && all.losses() == 1);
+        assert!(all.any() && all.losses() == 1);
         assert!(all.tell() && !all.tell());
+        all.flushed_to(all.mark());
         // Nothing was written since.
         assert!(all.take().is_none() && !all.tell());
         all.begin().acknowledged(0, Change::Durable(4));
