@@ -148,9 +148,7 @@ impl Unflushed {
     pub fn flushed_to(&self, mark: u64) {
         self.flushed.fetch_max(mark, Ordering::SeqCst);
         if let Some(kept) = &self.kept {
-            let mut state = kept.state();
-            state.store.drop_to(mark);
-            kept.is_due.store(state.store.is_half_full(), Ordering::Relaxed);
+            kept.drop_to(mark);
         }
     }
 
@@ -269,7 +267,7 @@ impl Unflushed {
         self.untold.store(true, Ordering::SeqCst);
         self.losses.fetch_add(1, Ordering::SeqCst);
         if let Some(kept) = &self.kept {
-            kept.state().store.drop_to(mark);
+            kept.drop_to(mark);
         }
     }
 
@@ -294,6 +292,13 @@ impl Unflushed {
 }
 
 impl Kept {
+    /// Drops what was acknowledged up to `mark`, and looks if a FLUSH is still due.
+    fn drop_to(&self, mark: u64) {
+        let mut state = self.state();
+        state.store.drop_to(mark);
+        self.is_due.store(state.store.is_half_full(), Ordering::Relaxed);
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no code panics while it holds the state")
     }
