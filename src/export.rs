@@ -705,7 +705,7 @@ mod tests {
     use smol::future::{block_on, poll_once, zip};
 
     use super::*;
-    use crate::backend::{Loan, Stat};
+    use crate::backend::{Loan, Stat, WaitsFor};
     use crate::io::Io;
 
     /// A disk that has lost data, and tells the first flush of it, which takes until `told`.
@@ -727,8 +727,7 @@ mod tests {
                 resizable: false,
                 fixed_size: true,
                 preferred_io_bytes: 512,
-                waits: true,
-                may_be_given_up: true,
+                waits_for: WaitsFor::Server,
             }
         }
 

@@ -17,7 +17,7 @@
 //! ```
 //!
 //! Data flows one way: kernel → slot → request → export → backend → reply → kernel. A small request
-//! stays on the thread of its queue; large ones are shared out between the queues' threads. The control thread ([`run`]) mounts, waits for a signal or the end of the
+//! stays on the thread of its CPU's queue; large ones are shared out between threads. The control thread ([`run`]) mounts, waits for a signal or the end of the
 //! connection, and unmounts; it never touches data.
 //!
 //! Modules that may use `unsafe`, and for what:

@@ -9,8 +9,6 @@ use std::sync::Arc;
 
 use smol::Task;
 
-use crate::transport::pace;
-
 /// Runs `work`, which may block, on another thread.
 pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     begin(work).await
@@ -22,11 +20,7 @@ pub fn start(work: impl FnOnce() + Send + 'static) {
 }
 
 fn begin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T> {
-    smol::unblock(|| {
-        // The pool's threads are started by those that use it, and are where these are pinned.
-        pace::unpin();
-        work()
-    })
+    smol::unblock(work)
 }
 
 /// Reads at `offset` on another thread. The future must be polled to its end.

@@ -199,7 +199,7 @@ fn allow_open_files(config: &Config) -> Result<When, Failure> {
     if config.io_uring == When::Off {
         return Ok(When::Off);
     }
-    match (limit(workers + sys::possible_cpus().unwrap_or(0)), config.io_uring) {
+    match (limit(workers + session::ring_thread_count()), config.io_uring) {
         (Ok(()), when) => Ok(when),
         (Err(why), When::Auto) => {
             log::warn!("serving by /dev/fuse, no FUSE over io_uring: {why} (a larger ulimit -n)");

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use polling::Poller;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, WaitsFor};
 use crate::cli::When;
 use crate::export::{Cache, Export};
 use crate::fuse::abi::{self, InHeader, InitIn, InitOut, OutHeader, Plain, init, opcode};
@@ -18,10 +18,11 @@ use crate::fuse::notify::Notifier;
 use crate::interrupts::Interrupts;
 use crate::stats::{Stats, Transport};
 use crate::sys;
+use crate::transport::cpus::Cpus;
 use crate::transport::legacy::{Baton, Worker};
-use crate::transport::peers::Peers;
+use crate::transport::queues::Queues;
 use crate::transport::slot::PAYLOAD_LEN;
-use crate::transport::uring::{Progress, Queue};
+use crate::transport::uring::{Depths, Progress, RingThread};
 
 /// The kernel sends INIT as soon as the mount exists; this is for a machine that is very busy.
 const INIT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,12 +46,17 @@ const WANTED: u64 = init::ASYNC_READ
 /// [`Options::read_ahead`] for several readers at once, and 32 MiB of ours.
 const READ_AHEAD_REQUESTS: u16 = 32;
 
-/// Entries of each ring queue, unless the user says otherwise: between these, and all queues together as
-/// many as [`RING_REQUESTS`]. The kernel's queue is that of the submitter's CPU and spills to no other, so a
-/// queue needs what one client keeps in flight. Each maps 1 MiB, of which pages become resident when they are used.
-const RING_DEPTHS: (usize, usize) = (16, 128);
-/// See [`RING_DEPTHS`].
+/// Entries of all ring queues together, unless the user says otherwise. Each maps 1 MiB, of which pages become resident
+/// when they are used.
 const RING_REQUESTS: usize = 1024;
+/// Entries that one queue may have of them, unless the user says otherwise. The kernel's queue is that of the submitter's
+/// CPU and spills to no other, so this is what one client can keep in flight.
+const QUEUE_DEPTH: usize = 128;
+/// Entries that a queue begins with where the backend only copies: few large buffers stay in the cache.
+const FIRST_COPIES: usize = 4;
+/// Those where requests wait for a disk or a server: a part of all that there may be, and no more than this. An entry that
+/// is registered late takes new requests only; those that the kernel keeps already wait until others are answered.
+const FIRST_WAITING: usize = 64;
 
 /// How to serve.
 #[derive(Clone, Copy, Debug)]
@@ -95,11 +101,12 @@ pub struct Session {
 /// A thread's name, and what became of it; an error without a reason is a panic, which has given its own.
 type End = (String, Result<(), Option<io::Error>>);
 
-/// The queues' threads, waiting for INIT to be answered.
+/// The completion threads, waiting for INIT to be answered.
 struct Rings {
     proceed: Vec<mpsc::Sender<()>>,
     progress: mpsc::Receiver<Progress>,
-    depth: usize,
+    /// How many requests may be in flight.
+    requests: usize,
 }
 
 impl Session {
@@ -123,10 +130,9 @@ impl Session {
             connection_end: Arc::new(connection_end),
             interrupts: Interrupts::default(),
         };
-        let devices = worker_devices(device);
         let rings = match options.io_uring {
             When::Off => None,
-            when => match session.start_rings(&devices[0], &offer, export, options, stats, ended) {
+            when => match session.start_rings(&device, &offer, export, options, stats, ended) {
                 Ok(rings) => Some(rings),
                 Err(why) => {
                     give_up_rings(when, &why)?;
@@ -135,8 +141,8 @@ impl Session {
             },
         };
         let worker_depth = options.queue_depth.unwrap_or(WORKER_DEPTH);
-        let ring_requests = rings.as_ref().map_or(0, |rings| rings.depth * rings.proceed.len());
-        let in_flight = ring_requests.max(worker_depth * devices.len());
+        let ring_requests = rings.as_ref().map_or(0, |rings| rings.requests);
+        let in_flight = ring_requests.max(worker_depth * worker_count());
         let mut wanted = WANTED;
         if rings.is_some() {
             wanted |= init::OVER_IO_URING;
@@ -154,8 +160,8 @@ impl Session {
                 "this kernel has no write-back cache for FUSE: use --cache writethrough".into()
             );
         }
-        export.set_notifier(Notifier::new(devices[0].try_clone().map_err(fuse)?));
-        send_reply(&devices[0], request.unique, reply.as_bytes()).map_err(fuse)?;
+        export.set_notifier(Notifier::new(device.try_clone().map_err(fuse)?));
+        send_reply(&device, request.unique, reply.as_bytes()).map_err(fuse)?;
 
         let mut by_ring = false;
         if let Some(rings) = rings {
@@ -165,15 +171,15 @@ impl Session {
             }
         }
         let baton = Baton::default();
-        for (i, device) in devices.into_iter().enumerate() {
+        // Beside rings, only stragglers and what needs no answer come by /dev/fuse: one worker will do.
+        let workers = if by_ring { 1 } else { worker_count() };
+        for (i, device) in worker_devices(device, workers).into_iter().enumerate() {
             let worker = Worker {
                 device,
                 export: export.clone(),
                 stats: stats.thread(Transport::Legacy),
                 baton: baton.clone(),
                 depth: worker_depth,
-                // With rings, only stragglers and what needs no answer come by /dev/fuse.
-                polls: !by_ring,
                 connection_end: session.connection_end.clone(),
                 interrupts: session.interrupts.clone(),
             };
@@ -186,7 +192,7 @@ impl Session {
         Ok(session)
     }
 
-    /// Starts a thread for each of the kernel's queues, and waits until all have their rings.
+    /// Starts a completion thread for each CPU, and waits until all have their rings.
     fn start_rings<B: Backend>(
         &mut self,
         device: &OwnedFd,
@@ -199,22 +205,24 @@ impl Session {
         if flags(offer) & init::OVER_IO_URING == 0 {
             return Err(not_offered());
         }
-        let queues = sys::possible_cpus().map_err(|e| format!("the number of CPUs: {e}"))?;
-        let (least, most) = RING_DEPTHS;
-        let depth = options.queue_depth.unwrap_or((RING_REQUESTS / queues).clamp(least, most));
+        let cpus = Cpus::here().map_err(|e| format!("the CPUs of this machine: {e}"))?;
+        let threads = cpus.usable.len();
+        let waits_for = export.backend().capabilities().waits_for;
+        let (depths, requests) = depths(options.queue_depth, waits_for, threads);
         let (report, progress) = mpsc::channel();
         let mut proceed = Vec::new();
-        let (peers, requests) = Peers::new(queues, depth);
-        for (qid, requests) in requests.into_iter().enumerate() {
+        let (queues, receivers) = Queues::new(&cpus, requests);
+        for (number, (requests, &cpu)) in receivers.into_iter().zip(&cpus.usable).enumerate() {
             let (sender, receiver) = mpsc::channel();
             proceed.push(sender);
             // Of its own: the kernel counts each command in what is open, and threads would take turns with that counter.
             let device = sys::clone_fuse_device(device).or_else(|_| device.try_clone());
-            let queue = Queue {
+            let thread = RingThread {
                 device: device.map_err(|e| e.to_string())?,
-                qid: u16::try_from(qid).map_err(|_| "more than 65536 CPUs".to_owned())?,
-                depth,
-                peers: peers.clone(),
+                number,
+                cpu,
+                depths,
+                queues: queues.clone(),
                 requests,
                 export: export.clone(),
                 stats: stats.thread(Transport::Uring),
@@ -222,19 +230,19 @@ impl Session {
                 interrupts: self.interrupts.clone(),
             };
             let report = report.clone();
-            self.spawn(format!("ring-{qid}"), ended, move || queue.run(report, receiver))
+            self.spawn(format!("ring-{cpu}"), ended, move || thread.run(report, receiver))
                 .map_err(|e| format!("a thread cannot be started: {e}"))?;
         }
         drop(report);
         // The first failure ends it: dropping `proceed` ends the threads that are ready.
-        for _ in 0..queues {
+        for _ in 0..threads {
             match progress.recv() {
                 Ok(Progress::Ready) => {}
                 Ok(Progress::NoRing(e)) => return Err(no_ring(&e)),
-                other => return Err(format!("a queue's thread has ended early: {other:?}")),
+                other => return Err(format!("a thread has ended early: {other:?}")),
             }
         }
-        Ok(Rings { proceed, progress, depth })
+        Ok(Rings { proceed, progress, requests })
     }
 
     fn spawn(
@@ -294,13 +302,13 @@ impl Session {
 impl Rings {
     /// Has all threads register their entries, and waits until they have.
     fn register(self) -> Result<(), String> {
-        let queues = self.proceed.len();
+        let threads = self.proceed.len();
         for proceed in self.proceed {
             // A thread that has ended reports nothing below.
             let _ = proceed.send(());
         }
         let mut refused = None;
-        for _ in 0..queues {
+        for _ in 0..threads {
             match self.progress.recv() {
                 Ok(Progress::Registered) => {}
                 Ok(Progress::Refused(e)) => refused = Some(e.to_string()),
@@ -357,9 +365,24 @@ pub fn worker_count() -> usize {
     thread::available_parallelism().map_or(1, |n| n.get()).min(MOST_WORKERS)
 }
 
-/// A descriptor for each worker; one worker only, where /dev/fuse cannot be opened again.
-fn worker_devices(first: OwnedFd) -> Vec<OwnedFd> {
-    let workers = worker_count();
+/// How many completion threads there may be.
+pub fn ring_thread_count() -> usize {
+    Cpus::here().map_or(0, |cpus| cpus.usable.len())
+}
+
+/// How many entries each queue may have, and all together, with so many threads.
+fn depths(wished: Option<usize>, waits_for: WaitsFor, threads: usize) -> (Depths, usize) {
+    let most = wished.unwrap_or(QUEUE_DEPTH);
+    let all = RING_REQUESTS.max(wished.unwrap_or(0) * threads);
+    let first = match waits_for {
+        WaitsFor::Memory => FIRST_COPIES,
+        WaitsFor::Disk | WaitsFor::Server => (all / 2 / threads).clamp(FIRST_COPIES, FIRST_WAITING),
+    };
+    (Depths { first: first.min(most), most }, all)
+}
+
+/// A descriptor for each of so many workers; one worker only, where /dev/fuse cannot be opened again.
+fn worker_devices(first: OwnedFd, workers: usize) -> Vec<OwnedFd> {
     let mut devices = vec![first];
     while devices.len() < workers {
         match sys::clone_fuse_device(&devices[0]) {
@@ -458,6 +481,16 @@ mod tests {
         let reply = init_reply(&offer, 256, WANTED, 0);
         assert_eq!((reply.flags, reply.flags2), (init::ASYNC_DIO as u32, 0));
         assert_eq!((reply.max_background, reply.congestion_threshold), (256, READ_AHEAD_REQUESTS));
+    }
+
+    #[test]
+    fn queues_share_what_may_be_in_flight() {
+        let of = |threads| depths(None, WaitsFor::Server, threads);
+        assert_eq!(of(2), (Depths { first: 64, most: 128 }, 1024));
+        assert_eq!(of(64).0, Depths { first: 8, most: 128 });
+        let wished = depths(Some(2), WaitsFor::Memory, 4);
+        assert_eq!(wished, (Depths { first: 2, most: 2 }, 1024));
+        assert_eq!(depths(Some(1000), WaitsFor::Server, 4).1, 4000);
     }
 
     #[test]

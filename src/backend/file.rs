@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use super::length::Length;
 use super::range_lock::RangeLock;
-use super::{Backend, Capabilities, Lane, Loan, Seek, Stat, Zero};
+use super::{Backend, Capabilities, Lane, Loan, Seek, Stat, WaitsFor, Zero};
 use crate::info::LocalInfo;
 use crate::io::Io;
 use crate::{locks, sys};
@@ -201,8 +201,7 @@ impl FileBackend {
                 resizable: !is_device && !read_only,
                 fixed_size: false,
                 preferred_io_bytes: preferred,
-                waits: direct.is_some(),
-                may_be_given_up: false,
+                waits_for: if direct.is_some() { WaitsFor::Disk } else { WaitsFor::Memory },
             },
             direct,
             length: Length::new(size),

@@ -34,11 +34,20 @@ pub struct Capabilities {
     pub fixed_size: bool,
     /// The I/O size that the source prefers, in bytes; reported as `st_blksize`.
     pub preferred_io_bytes: u32,
-    /// Requests wait for a device or another host, rather than being copies within this machine's memory.
-    pub waits: bool,
-    /// They wait for another host, which may never answer. What a lane does may be dropped before its end, and the
+    /// What requests wait for.
+    pub waits_for: WaitsFor,
+}
+
+/// What the requests to a source wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitsFor {
+    /// Hardly anything: they are copies within this machine's memory, mostly.
+    Memory,
+    /// A disk, past the page cache.
+    Disk,
+    /// Another host, which may never answer. What a lane does may be dropped before its end, and the
     /// buffer used again.
-    pub may_be_given_up: bool,
+    Server,
 }
 
 /// The time stamps and the allocation of a source, as `stat` shows them.
@@ -116,7 +125,7 @@ pub trait Backend: Send + Sync + 'static {
 
 /// One thread's way to the bytes of a [`Backend`].
 ///
-/// A future that was polled must be polled to its end, unless [`Capabilities::may_be_given_up`]: I/O that the
+/// A future that was polled must be polled to its end, unless it waits for a [`WaitsFor::Server`]: I/O that the
 /// kernel has begun may still use the buffer.
 #[allow(async_fn_in_trait)] // lanes stay on their thread, so no caller needs `Send` futures
 pub trait Lane: 'static {

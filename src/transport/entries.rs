@@ -23,14 +23,39 @@ use crate::fuse::abi::uring_header;
 pub struct Entries {
     ring: Rc<Ring>,
     device: OwnedFd,
-    /// The memory of those that are with the kernel.
-    in_kernel: RefCell<Slab<Memory>>,
+    in_kernel: RefCell<InKernel>,
+}
+
+/// The memory of entries that are with the kernel, and what is known of it without looking at each.
+struct InKernel {
+    memory: Slab<Memory>,
+    /// How many are of each queue.
+    of_queue: Vec<u32>,
+    /// How many hold pages that a large request has left.
+    with_burst_pages: usize,
+}
+
+impl InKernel {
+    fn insert(&mut self, memory: Memory) -> usize {
+        self.of_queue[usize::from(memory.queue())] += 1;
+        self.with_burst_pages += usize::from(memory.has_burst_pages());
+        self.memory.insert(memory)
+    }
+
+    fn remove(&mut self, key: usize) -> Option<Memory> {
+        let memory = self.memory.try_remove(key)?;
+        self.of_queue[usize::from(memory.queue())] -= 1;
+        self.with_burst_pages -= usize::from(memory.has_burst_pages());
+        Some(memory)
+    }
 }
 
 impl Entries {
-    /// None yet. `device` is the connection's.
-    pub fn new(ring: Rc<Ring>, device: OwnedFd) -> Entries {
-        Entries { ring, device, in_kernel: RefCell::default() }
+    /// None yet. `device` is the connection's, which has so many `queues`.
+    pub fn new(ring: Rc<Ring>, device: OwnedFd, queues: usize) -> Entries {
+        let (memory, of_queue) = (Slab::new(), vec![0; queues]);
+        let in_kernel = InKernel { memory, of_queue, with_burst_pages: 0 };
+        Entries { ring, device, in_kernel: RefCell::new(in_kernel) }
     }
 
     /// Registers an entry for each memory with the queue that it is of. One that the kernel refuses completes
@@ -69,7 +94,7 @@ impl Entries {
     pub fn reap(&self, mut on_entry: impl FnMut(io::Result<Memory>)) -> usize {
         self.ring.reap(|key, result| {
             // The kernel completes what it has, once.
-            let Some(memory) = self.in_kernel.borrow_mut().try_remove(key as usize) else { return };
+            let Some(memory) = self.in_kernel.borrow_mut().remove(key as usize) else { return };
             on_entry(match result {
                 0 => Ok(memory),
                 errno => Err(io::Error::from_raw_os_error(-errno)),
@@ -87,23 +112,32 @@ impl Entries {
         unsafe { self.ring.commit(self.device.as_raw_fd(), queue, key as u32, commit_id) };
     }
 
-    /// How many are with the kernel.
-    pub fn in_kernel(&self) -> usize {
-        self.in_kernel.borrow().len()
+    /// Whether the kernel has any.
+    pub fn any_in_kernel(&self) -> bool {
+        !self.in_kernel.borrow().memory.is_empty()
+    }
+
+    /// Whether the kernel has one on this ring for the next request of `queue`.
+    pub fn has_one_for(&self, queue: u16) -> bool {
+        self.in_kernel.borrow().of_queue[usize::from(queue)] > 0
     }
 
     /// Whether idle entries hold pages that a burst of large requests left.
     pub fn has_burst_pages(&self) -> bool {
-        self.in_kernel.borrow().iter().any(|(_, memory)| memory.has_burst_pages())
+        self.in_kernel.borrow().with_burst_pages > 0
     }
 
     /// Gives back the pages that a burst of large requests left in idle entries.
     pub fn give_back_pages(&self) {
         // The kernel has these entries, but it writes to them only in task work, which under DEFER_TASKRUN
-        // runs on this thread inside an enter; and a request that is in the memory already has a
-        // completion, which must have been reaped.
-        debug_assert!(!self.ring.has_completions());
-        self.in_kernel.borrow_mut().iter_mut().for_each(|(_, memory)| memory.release());
+        // runs on this thread inside an enter. A request that is in the memory already has a completion,
+        // and a commit that was not submitted has its answer there.
+        if self.ring.has_completions() || self.ring.has_unsubmitted() {
+            return;
+        }
+        let mut in_kernel = self.in_kernel.borrow_mut();
+        in_kernel.memory.iter_mut().for_each(|(_, memory)| memory.release());
+        in_kernel.with_burst_pages = 0;
     }
 }
 
@@ -111,6 +145,6 @@ impl Drop for Entries {
     fn drop(&mut self) {
         // Entries that have not completed: the kernel may still use their memory, so it is never freed. This
         // happens only when a thread fails.
-        self.in_kernel.get_mut().drain().for_each(std::mem::forget);
+        self.in_kernel.get_mut().memory.drain().for_each(std::mem::forget);
     }
 }

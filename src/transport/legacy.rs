@@ -11,7 +11,7 @@
 //!
 //! The bound on requests in flight is each worker's slots: it reads only into free memory.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -26,7 +26,7 @@ use smol::lock::Mutex;
 use smol::{LocalExecutor, future};
 
 use super::Server;
-use super::pace::{self, Poller};
+use super::pace::Pace;
 use super::slot::{BURST_OVER, HEAD_LEN, Home, Memory, Slot};
 use crate::backend::Backend;
 use crate::errno::Errno;
@@ -50,6 +50,9 @@ const LONG: u32 = 64 << 10;
 /// After so many requests served on the spot, those that wait for their backend get their turn.
 const FAIRNESS: u32 = 16;
 
+/// A worker begins with memory for so many requests.
+const FIRST_DEPTH: usize = 8;
+
 /// The right to wait for requests.
 pub type Baton = Arc<Mutex<()>>;
 
@@ -65,8 +68,6 @@ pub struct Worker<B: Backend> {
     pub baton: Baton,
     /// How many requests it may have in flight.
     pub depth: usize,
-    /// Poll before sleeping. Off where only stragglers come this way.
-    pub polls: bool,
     /// To be told.
     pub connection_end: Arc<ConnectionEnd>,
     /// Those of all threads of the connection.
@@ -78,6 +79,10 @@ struct Channel {
     device: Async<OwnedFd>,
     /// The last one used is used next: its pages are resident and in the cache.
     free: RefCell<Vec<Memory>>,
+    /// How many requests there is memory for, ...
+    depth: Cell<usize>,
+    /// ... and may be.
+    most: Cell<usize>,
     /// The reading loop, when it found no free memory.
     starved: RefCell<Option<Waker>>,
 }
@@ -87,22 +92,18 @@ impl<B: Backend> Worker<B> {
     pub fn run(self) -> io::Result<()> {
         let executor = Rc::new(LocalExecutor::new());
         let io = Io::in_reactor(executor.clone());
-        let waits = self.export.backend().capabilities().waits;
         let lane = self.export.backend().lane(&io)?;
         let server =
             Server::new(self.export, lane, executor.clone(), self.stats.clone(), self.interrupts);
         let channel = Rc::new(Channel {
             device: Async::new_nonblocking(self.device)?,
-            free: RefCell::new(Memory::allocate(0, self.depth)?),
+            free: RefCell::new(Memory::allocate(&vec![0; self.depth.min(FIRST_DEPTH)])?),
+            depth: Cell::new(self.depth.min(FIRST_DEPTH)),
+            most: Cell::new(self.depth),
             starved: RefCell::new(None),
         });
-        let poller = Poller::new(self.polls);
-        if self.polls && !waits {
-            pace::take_short_turns();
-        }
         let reading = async {
-            let result =
-                channel.clone().read_requests(&server, &self.baton, poller, &self.stats).await;
+            let result = channel.clone().read_requests(&server, &self.baton, &self.stats).await;
             self.connection_end.note();
             server.drain().await;
             result
@@ -122,19 +123,19 @@ impl Channel {
         self: Rc<Self>,
         server: &Rc<Server<B>>,
         baton: &Baton,
-        mut poller: Poller,
         stats: &ThreadStats,
     ) -> io::Result<()> {
+        let mut pace = Pace::new(Instant::now());
         loop {
             // Not with the baton in hand: another worker may have memory.
             self.wait_for_memory().await;
             let turn = self.wait(server, baton.lock()).await;
             let mut in_a_row = 0;
             let long = loop {
-                let Some(memory) = self.free.borrow_mut().pop() else { break None };
+                let Some(memory) = self.take_free() else { break None };
                 match self.read(memory) {
                     Ok(slot) => {
-                        poller.busy();
+                        pace.work_at(Instant::now());
                         in_a_row += 1;
                         if in_a_row == BACKLOG || slot.request_len() >= LONG {
                             break Some(slot);
@@ -145,7 +146,7 @@ impl Channel {
                         in_a_row = 0;
                         // Those that wait for their backend get their turn.
                         future::yield_now().await;
-                        if poller.idle(Instant::now(), || 0) {
+                        if pace.polls_at(Instant::now()) {
                             continue;
                         }
                         stats.sleeps.add(1);
@@ -182,14 +183,32 @@ impl Channel {
         }
     }
 
+    /// Memory for one more request, if there may be any. When none is left, as much again is allocated.
+    fn take_free(&self) -> Option<Memory> {
+        let more = self.depth.get().min(self.most.get() - self.depth.get());
+        if self.free.borrow().is_empty() && more > 0 {
+            match Memory::allocate(&vec![0; more]) {
+                Ok(memory) => {
+                    self.free.borrow_mut().extend(memory);
+                    self.depth.set(self.depth.get() + more);
+                }
+                Err(e) => {
+                    log::warn!("no more than {} requests at once: {e}", self.depth.get());
+                    self.most.set(self.depth.get());
+                }
+            }
+        }
+        self.free.borrow_mut().pop()
+    }
+
     async fn free_memory(&self) -> Memory {
         self.wait_for_memory().await;
-        self.free.borrow_mut().pop().expect("only the reading loop takes any")
+        self.take_free().expect("only the reading loop takes any")
     }
 
     async fn wait_for_memory(&self) {
         std::future::poll_fn(|cx| {
-            if !self.free.borrow().is_empty() {
+            if !self.free.borrow().is_empty() || self.depth.get() < self.most.get() {
                 return Poll::Ready(());
             }
             *self.starved.borrow_mut() = Some(cx.waker().clone());

@@ -11,7 +11,7 @@ use std::task::{Poll, Waker};
 
 use smol::{LocalExecutor, Timer, future};
 
-use crate::backend::{Backend, Loan};
+use crate::backend::{Backend, Loan, WaitsFor};
 use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::reply::Reply;
@@ -21,11 +21,12 @@ use crate::pool;
 use crate::stats::ThreadStats;
 use slot::Slot;
 
+pub mod cpus;
 pub mod doorbell;
 pub mod entries;
 pub mod legacy;
 pub mod pace;
-pub mod peers;
+pub mod queues;
 pub mod ring;
 pub mod slot;
 pub mod uring;
@@ -38,8 +39,7 @@ pub struct Server<B: Backend> {
     stats: Arc<ThreadStats>,
     interrupts: Interrupts,
     waiting: Waiting,
-    /// See [`Capabilities`](crate::backend::Capabilities).
-    may_be_given_up: bool,
+    waits_for: WaitsFor,
     in_flight: Cell<usize>,
     /// Who waits for `in_flight` to become zero.
     drained: RefCell<Option<Waker>>,
@@ -56,7 +56,7 @@ impl<B: Backend> Server<B> {
     ) -> Rc<Server<B>> {
         let interrupted = interrupts.listen();
         let server = Rc::new(Server {
-            may_be_given_up: export.backend().capabilities().may_be_given_up,
+            waits_for: export.backend().capabilities().waits_for,
             export,
             lane,
             executor,
@@ -136,7 +136,7 @@ impl<B: Backend> Server<B> {
             Op::Write { size, .. } => {
                 self.stats.writes.add(1);
                 self.stats.write_bytes.add(u64::from(size));
-                if self.export.backend().capabilities().waits {
+                if self.waits_for != WaitsFor::Memory {
                     slot.gather_long_payload();
                 }
             }
@@ -147,9 +147,11 @@ impl<B: Backend> Server<B> {
         let answer = {
             // Pinned here: a future that is passed on is copied.
             let mut handled = pin!(self.export.handle(&self.lane, op, slot.payload_mut()));
-            match self.may_be_given_up {
-                true => self.unless_interrupted(op, unique, client, handled.as_mut()).await,
-                false => handled.await,
+            match self.waits_for {
+                WaitsFor::Server => {
+                    self.unless_interrupted(op, unique, client, handled.as_mut()).await
+                }
+                WaitsFor::Memory | WaitsFor::Disk => handled.await,
             }
         };
         match answer {

@@ -100,6 +100,8 @@ pub struct Memory(Box<Piece>);
 struct Piece {
     head: NonNull<u8>,
     queue: u16,
+    /// It stays with its thread.
+    kept: bool,
     /// How much of the payload may be resident, in bytes.
     touched: usize,
     /// It has been moved to huge pages, as far as that works.
@@ -111,16 +113,20 @@ struct Piece {
 unsafe impl Send for Piece {}
 
 impl Memory {
-    /// Makes `count` of them for a queue. Fails with `ENOMEM` when address space runs out.
-    pub fn allocate(queue: u16, count: usize) -> io::Result<Vec<Memory>> {
-        let arena = Arc::new(Arena::new(count)?);
-        Ok((0..count)
-            .map(|i| {
-                // SAFETY: the arena is `count` strides long, and each stride goes to one `Memory`.
+    /// Makes one for each of `queues`, which may repeat. Fails with `ENOMEM` when address space runs
+    /// out, or memory may not be promised that is not there (vm.overcommit_memory).
+    pub fn allocate(queues: &[u16]) -> io::Result<Vec<Memory>> {
+        let arena = Arc::new(Arena::new(queues.len())?);
+        Ok(queues
+            .iter()
+            .enumerate()
+            .map(|(i, &queue)| {
+                // SAFETY: the arena is as many strides long, and each stride goes to one `Memory`.
                 let head = unsafe { arena.base.add(i * STRIDE) };
                 Memory(Box::new(Piece {
                     head,
                     queue,
+                    kept: false,
                     touched: 0,
                     gathered: false,
                     arena: arena.clone(),
@@ -132,6 +138,16 @@ impl Memory {
     /// The kernel's queue that it belongs to.
     pub fn queue(&self) -> u16 {
         self.0.queue
+    }
+
+    /// Keeps it with the thread that it is registered by.
+    pub fn keep(&mut self) {
+        self.0.kept = true;
+    }
+
+    /// Whether it stays with the thread that it is registered by.
+    pub fn is_kept(&self) -> bool {
+        self.0.kept
     }
 
     /// Head and payload together.
@@ -376,7 +392,7 @@ mod tests {
     }
 
     fn slot(home: &Rc<Recorder>) -> Slot {
-        let memory = Memory::allocate(0, 1).unwrap().pop().unwrap();
+        let memory = Memory::allocate(&[0]).unwrap().pop().unwrap();
         let header = InHeader { unique: 42, ..Default::default() };
         Slot::new(memory, header, (0, 0), home.clone())
     }
@@ -406,7 +422,7 @@ mod tests {
 
     #[test]
     fn memories_do_not_overlap_and_payloads_are_page_aligned() {
-        let mut all = Memory::allocate(0, 3).unwrap();
+        let mut all = Memory::allocate(&[0; 3]).unwrap();
         for (i, m) in all.iter_mut().enumerate() {
             m.bytes_mut().fill(i as u8 + 1);
         }
@@ -418,7 +434,7 @@ mod tests {
 
     #[test]
     fn memory_outlives_its_siblings() {
-        let mut all = Memory::allocate(0, 2).unwrap();
+        let mut all = Memory::allocate(&[0, 0]).unwrap();
         let mut last = all.pop().unwrap();
         drop(all);
         last.bytes_mut()[0] = 1;
@@ -461,7 +477,7 @@ mod tests {
 
     #[test]
     fn huge_pages_change_nothing_and_release_gives_them_back() {
-        let mut all = Memory::allocate(0, 8).unwrap();
+        let mut all = Memory::allocate(&[0; 8]).unwrap();
         for (i, memory) in all.iter_mut().enumerate() {
             memory.bytes_mut().fill(i as u8 + 1);
         }
@@ -481,7 +497,7 @@ mod tests {
 
     #[test]
     fn huge_pages_change_nothing_that_a_pipe_holds() {
-        let mut memory = Memory::allocate(0, 4).unwrap().remove(1);
+        let mut memory = Memory::allocate(&[0; 4]).unwrap().remove(1);
         let (reader, writer) = crate::sys::pipe(PAYLOAD_LEN).unwrap();
         memory.bytes_mut().fill(7);
         memory.touch(PAYLOAD_LEN);
@@ -496,7 +512,7 @@ mod tests {
 
     #[test]
     fn release_keeps_the_front_and_zeroes_the_rest() {
-        let mut memory = Memory::allocate(0, 1).unwrap().pop().unwrap();
+        let mut memory = Memory::allocate(&[0]).unwrap().pop().unwrap();
         memory.bytes_mut().fill(9);
         memory.touch(PAYLOAD_LEN);
         memory.release();

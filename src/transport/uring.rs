@@ -1,27 +1,28 @@
 //! FUSE over io_uring.
 //!
-//! The kernel has a queue for each possible CPU, and each queue has a completion thread here. Who owns an
-//! entry: *kernel → slot → handler → kernel*. The thread reaps completions into slots and puts those into
-//! a bounded async channel; the handlers behind it run on a `LocalExecutor` on this very thread (a hop to
-//! another thread costs more than a request), use the same ring for their backend, and push commits. What
-//! a batch of handlers pushed goes out with the enter that also waits for the next requests.
+//! Each CPU has a completion thread here ([`super::queues`] says which of the kernel's queues it
+//! serves). Who owns an entry: *kernel → slot → handler → kernel*. The thread reaps completions into
+//! slots and puts those into a bounded async channel; the handlers behind it run on a `LocalExecutor`
+//! on this very thread (a hop to another thread costs more than a request), use the same ring for their
+//! backend, and push commits. What a batch of handlers pushed goes out with the enter that also waits
+//! for the next requests:
 //!
 //! ```text
-//!            enter ── reap ── channel ── handlers ── commits, backend I/O ──┐
-//!              └──────────────────────────────────────────────────────────-─┘
+//!   run handlers ── submit ── reap ── idle (poll, or sleep) ──┐
+//!        └────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Large requests are shared with other queues' threads, see [`super::peers`]: then an entry moves to another
-//! thread's channel, and is committed on that thread's ring.
+//! Large requests are shared with other threads: then an entry moves to another thread's channel, and
+//! is committed on that thread's ring.
 //!
-//! At the end of the connection every entry completes with an error once (`-ENOTCONN`; for one that was with
-//! us, its commit does). The thread goes on until all of them have, so no memory is freed that the kernel
-//! might still use. It never unmounts: the kernel would wait for this very thread.
+//! At the end of the connection every entry completes with an error once (`-ENOTCONN`; for one that
+//! was with us, its commit does). The thread goes on until all of them have, so no memory is freed that
+//! the kernel might still use. It never unmounts: the kernel would wait for this very thread.
 
 use std::future::{Future, poll_fn};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -34,11 +35,11 @@ use smol::channel::Receiver;
 use super::Server;
 use super::doorbell::Doorbell;
 use super::entries::Entries;
-use super::pace::{self, Pin, Poller, Rest};
-use super::peers::{self, Peers};
+use super::pace::Pace;
+use super::queues::{self, Queues};
 use super::ring::Ring;
 use super::slot::{BURST_OVER, Home, Memory, Slot};
-use crate::backend::Backend;
+use crate::backend::{Backend, WaitsFor};
 use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::abi::{InHeader, OutHeader, UringEntInOut, uring_header};
@@ -47,31 +48,24 @@ use crate::io::Io;
 use crate::session::ConnectionEnd;
 use crate::stats::ThreadStats;
 
-/// Entries of a queue to begin with, where the backend only copies: it gets more when it runs dry, and few large buffers
-/// stay in the cache. A backend that waits has all from the start: an entry that is registered late takes new
-/// requests only, and those that the kernel keeps already wait until others are answered.
-const FIRST_ENTRIES: usize = 4;
+/// Waiting requests that are resumed in one turn, before what they pushed goes out.
+const TURN: usize = 256;
+/// ... at least, and otherwise no more than a disk still has to do: one that has completed its whole
+/// queue idles until it is given something again, so answers must not leave in one large batch.
+const DISK_TURN: usize = 4;
 
-/// Waiting requests that are resumed in one turn, before what they pushed goes out: all that are ready ...
-const LONG_TURN: usize = 256;
-/// ... or few, where the thread's ring does the backend's I/O. A disk that completes a whole queue at once idles until it
-/// is given something again, so answers must not leave in one large batch, and clients must have the time to ask.
-const SHORT_TURN: usize = 4;
-/// What a large request counts for a thread's place, in small ones.
-const MANY: usize = 16;
-/// A backend with less than so much I/O in flight is given more at once.
-const HUNGRY: usize = 8;
-
-/// What one queue's thread needs.
-pub struct Queue<B: Backend> {
-    /// The queue's own descriptor of the connection.
+/// What one completion thread needs.
+pub struct RingThread<B: Backend> {
+    /// Its own descriptor of the connection.
     pub device: OwnedFd,
-    /// The kernel's queue: the number of its CPU.
-    pub qid: u16,
-    /// How many entries it may have: the most requests in flight.
-    pub depth: usize,
-    /// All queues' threads.
-    pub peers: Arc<Peers>,
+    /// Its number among the threads.
+    pub number: usize,
+    /// The CPU whose queue it serves.
+    pub cpu: usize,
+    /// Entries that its queue begins with, and may have.
+    pub depths: Depths,
+    /// Those of all threads.
+    pub queues: Arc<Queues>,
     /// The requests that are for this one.
     pub requests: Receiver<Memory>,
     /// What it serves.
@@ -84,8 +78,18 @@ pub struct Queue<B: Backend> {
     pub interrupts: Interrupts,
 }
 
-/// Whom a queue's thread tells how far it has come. Also that it has panicked: the others are still there, so the
-/// channel stays open.
+/// How many requests of one queue may be in flight: the entries that it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Depths {
+    /// The queue of a thread's own CPU begins with so many. A queue of which the kernel has no entry any
+    /// more gets as many again.
+    pub first: usize,
+    /// No queue has more.
+    pub most: usize,
+}
+
+/// Reports a thread's start-up progress to the session. Also that it has panicked: the others are still
+/// there, so the channel stays open.
 struct Reporter(mpsc::Sender<Progress>);
 
 impl Reporter {
@@ -103,7 +107,7 @@ impl Drop for Reporter {
     }
 }
 
-/// How far a queue has come. INIT's reply must not promise io_uring before all rings exist (the kernel
+/// How far a thread has come. INIT's reply must not promise io_uring before all rings exist (the kernel
 /// would wait for them for ever), and no entry can be registered before INIT is answered.
 #[derive(Debug)]
 pub enum Progress {
@@ -117,7 +121,7 @@ pub enum Progress {
     Refused(io::Error),
 }
 
-impl<B: Backend> Queue<B> {
+impl<B: Backend> RingThread<B> {
     /// Serves until the connection ends. Reports to `progress`; registers when `proceed` says so, and ends
     /// at once when that is closed.
     pub fn run(
@@ -126,12 +130,11 @@ impl<B: Backend> Queue<B> {
         proceed: mpsc::Receiver<()>,
     ) -> io::Result<()> {
         let reporter = Reporter(progress);
-        let waits = self.export.backend().capabilities().waits;
-        let first = if waits { self.depth } else { self.depth.min(FIRST_ENTRIES) };
+        let waits_for = self.export.backend().capabilities().waits_for;
         let executor = Rc::new(LocalExecutor::new());
         let set_up = || {
-            let ring = Ring::new(self.depth as u32)?;
-            let memory = Memory::allocate(self.qid, first)?;
+            let ring = Ring::new(self.depths.most as u32)?;
+            let memory = self.first_memory()?;
             let lane = self.export.backend().lane(&Io::in_ring(ring.clone(), executor.clone()))?;
             io::Result::Ok((ring, memory, lane, Doorbell::new()?))
         };
@@ -149,16 +152,17 @@ impl<B: Backend> Queue<B> {
             return Ok(());
         }
 
-        let entries = Rc::new(Entries::new(ring.clone(), self.device));
+        let here = self.number;
+        let mut registered = vec![0; self.queues.count()];
+        memory.iter().for_each(|memory| registered[usize::from(memory.queue())] += 1);
+        let entries = Rc::new(Entries::new(ring.clone(), self.device, self.queues.count()));
         if let Err(e) = entries.register(memory) {
             reporter.report(Progress::Refused(io::Error::new(e.kind(), e.to_string())));
             return Err(e);
         }
-        let here = usize::from(self.qid);
-        self.peers.registered(here, first);
         let mut refused = None;
         entries.reap(|completed| match completed {
-            Ok(memory) => drop(self.peers.route(here, memory)),
+            Ok(memory) => drop(self.queues.route(here, memory)),
             Err(e) => refused = Some(e),
         });
         reporter.report(match refused {
@@ -167,35 +171,45 @@ impl<B: Backend> Queue<B> {
         });
 
         executor.spawn(doorbell.clone().answer(ring.clone())).detach();
-        let home = Committer {
+        let committer = Committer {
             ring: ring.clone(),
             entries: entries.clone(),
-            peers: self.peers.clone(),
+            queues: self.queues.clone(),
             here,
         };
-        let arrivals = serve(server.clone(), self.requests, Rc::new(home));
-        let handlers = in_turns(ring.clone(), executor, arrivals, waits);
+        let arrivals = serve(server.clone(), self.requests, Rc::new(committer));
+        let handlers = in_turns(ring.clone(), executor, arrivals, waits_for);
         Loop {
             ring,
             entries,
-            registered: first,
-            depth: self.depth,
+            registered,
+            most: self.depths.most,
             server,
-            peers: self.peers,
+            queues: self.queues,
             here,
-            waits,
+            waits_for,
             doorbell,
+            pace: Pace::new(Instant::now()),
             stats: self.stats,
             connection_end: self.connection_end,
         }
         .run(handlers)
     }
-}
 
-/// Whether requests wait for a disk that this thread's ring reads and writes (`--direct`): not for a server, and not for
-/// the page cache, which may use the ring as well.
-fn drives_disk(ring: &Ring, waits: bool) -> bool {
-    waits && ring.does_io()
+    /// That of the entries which the thread begins with: one for each queue that it serves, and more for
+    /// its own CPU's.
+    fn first_memory(&self) -> io::Result<Vec<Memory>> {
+        let home = self.cpu as u16;
+        let others = self.queues.served_by(self.number).filter(|queue| *queue != home);
+        let mut queues = vec![home];
+        queues.extend(others);
+        self.queues.take_entries(queues.len());
+        let more = self.queues.take_entries(self.depths.first - 1);
+        queues.extend(std::iter::repeat_n(home, more));
+        let mut memory = Memory::allocate(&queues)?;
+        memory[0].keep();
+        Ok(memory)
+    }
 }
 
 /// Runs the handlers, a turn at each poll: first those of requests that have arrived, then some of those that waited.
@@ -203,18 +217,21 @@ async fn in_turns(
     ring: Rc<Ring>,
     executor: Rc<LocalExecutor<'static>>,
     arrivals: impl Future<Output = ()>,
-    waits: bool,
+    waits_for: WaitsFor,
 ) {
     let mut arrivals = pin!(arrivals);
     let mut waited = pin!(executor.tick());
     poll_fn(|cx| {
-        let before = ring.io_in_flight();
+        let was_idle = ring.io_in_flight() == 0;
         let ended = arrivals.as_mut().poll(cx);
-        if before < HUNGRY && ring.io_in_flight() > before {
-            // An error shows at the loop's own enter.
+        if was_idle && ring.io_in_flight() > 0 {
+            // A disk that has nothing to do begins at once. An error shows at the loop's own enter.
             let _ = ring.enter(false);
         }
-        let turn = if drives_disk(&ring, waits) { SHORT_TURN } else { LONG_TURN };
+        let turn = match waits_for {
+            WaitsFor::Disk => ring.io_in_flight().max(DISK_TURN),
+            WaitsFor::Memory | WaitsFor::Server => TURN,
+        };
         for _ in 0..turn {
             if waited.as_mut().poll(cx).is_pending() {
                 return ended;
@@ -241,15 +258,16 @@ async fn serve<B: Backend>(server: Rc<Server<B>>, requests: Receiver<Memory>, ho
 struct Loop<B: Backend> {
     ring: Rc<Ring>,
     entries: Rc<Entries>,
-    /// Entries that the queue has, and may have.
-    registered: usize,
-    depth: usize,
+    /// Entries that this thread has registered, by queue.
+    registered: Vec<usize>,
+    /// See [`Depths`].
+    most: usize,
     server: Rc<Server<B>>,
-    peers: Arc<Peers>,
+    queues: Arc<Queues>,
     here: usize,
-    /// See [`Capabilities::waits`](crate::backend::Capabilities::waits).
-    waits: bool,
+    waits_for: WaitsFor,
     doorbell: Arc<Doorbell>,
+    pace: Pace,
     stats: Arc<ThreadStats>,
     connection_end: Arc<ConnectionEnd>,
 }
@@ -259,133 +277,108 @@ impl<B: Backend> Loop<B> {
         let mut handlers = pin!(handlers);
         let waker = Waker::from(self.doorbell.clone());
         let mut cx = Context::from_waker(&waker);
-        let mut poller = Poller::new(true);
-        if !self.waits {
-            pace::take_short_turns();
-        }
-        let mut rest = Rest::starting_now();
-        let mut pin = Pin::new(self.here);
-        while self.entries.in_kernel() > 0
-            || self.peers.has_requests(self.here)
+        while self.entries.any_in_kernel()
+            || self.queues.has_requests(self.here)
             || self.server.in_flight() > 0
         {
-            if self.doorbell.take() {
-                // It has no end of its own: `peers` keeps the channel open.
-                let _ = handlers.as_mut().poll(&mut cx);
-            }
-            // More could wait for the backend at once.
-            if self.server.in_flight() > 0 {
-                self.grow_if_dry()?;
-            }
-            // What was pushed goes out first; often the next requests are there already.
-            if self.ring.has_unsubmitted() || self.ring.has_work() {
-                self.ring.enter(false)?;
-                if drives_disk(&self.ring, self.waits) && self.server.in_flight() > 0 {
-                    // A client that was just answered may be waiting for this very CPU to ask for more. Only for a
-                    // disk: a cached file's clients keep the CPUs busy, and then such yields made others wait longer
-                    // for write-back.
-                    std::thread::yield_now();
-                }
-            }
-            if self.reap(&mut pin)? {
-                poller.busy();
-            } else if !self.doorbell.is_rung() {
-                let now = Instant::now();
-                let here = || self.peers.arrivals(self.here);
-                let elsewhere = || self.peers.arrivals_elsewhere(self.here);
-                if !rest.if_due(now, here, elsewhere)
-                    && !poller.idle(now, elsewhere)
-                    && self.doorbell.may_sleep()
-                {
-                    self.sleep(&mut poller, &mut rest, &mut pin)?;
-                }
+            self.run_handlers(handlers.as_mut(), &mut cx);
+            self.submit()?;
+            if !self.reap()? && !self.doorbell.is_rung() {
+                self.idle()?;
             }
         }
         Ok(())
     }
 
-    /// Sleeps until there is a completion or the doorbell rings, or until it is time for something else.
-    /// [`Doorbell::may_sleep`] has said yes.
-    fn sleep(&mut self, poller: &mut Poller, rest: &mut Rest, pin: &mut Pin) -> io::Result<()> {
-        self.stats.sleeps.add(1);
-        // After large requests a first, short sleep; if nothing comes, their pages go.
-        let large = self.entries.has_burst_pages();
-        let limit = if large {
-            Some(BURST_OVER)
-        } else if self.peers.other_is_at_home(self.here) {
-            poller.absence()
-        } else {
-            None
-        };
-        let entered = rest.during(|| match limit {
-            Some(limit) => self.ring.enter_for(limit),
-            None => self.ring.enter(true),
-        });
-        self.doorbell.awake();
-        entered?;
-        if self.reap(pin)? {
-            poller.busy();
-            return Ok(());
+    fn run_handlers(&self, handlers: Pin<&mut impl Future<Output = ()>>, cx: &mut Context<'_>) {
+        if self.doorbell.take() {
+            // It has no end of its own: `queues` keeps the channel open.
+            let _ = handlers.poll(cx);
         }
-        // An answer that is not submitted is still in its entry's pages.
-        if large && self.server.in_flight() == 0 && !self.ring.has_unsubmitted() {
-            self.entries.give_back_pages();
+    }
+
+    /// What was pushed goes out; often the next requests are there already.
+    fn submit(&self) -> io::Result<()> {
+        if self.ring.has_unsubmitted() || self.ring.has_work() {
+            self.ring.enter(false)?;
         }
         Ok(())
     }
 
     /// Takes the completions that are there; whether there were any.
-    fn reap(&mut self, pin: &mut Pin) -> io::Result<bool> {
-        let (mut requests, mut small) = (0, false);
+    fn reap(&mut self) -> io::Result<bool> {
+        let mut may_run_dry = None;
         let reaped = self.entries.reap(|completed| {
             let Ok(memory) = completed else { return self.connection_end.note() };
-            // A large one is worth another CPU by itself: its client goes on with what it has.
-            requests += if peers::is_large(&memory) { MANY } else { 1 };
-            if !self.waits {
-                pin.request_of(memory.head_struct::<InHeader>(uring_header::IN_OUT).pid);
+            let large = queues::is_large(&memory);
+            // More could have come at once. Not so with large ones that are copied: fewer of them stay in
+            // the cache.
+            if !large || self.waits_for != WaitsFor::Memory {
+                may_run_dry = Some(memory.queue());
             }
-            small |= !peers::is_large(&memory);
-            if self.peers.route(self.here, memory) {
+            if self.queues.route(self.here, memory) {
                 self.stats.handed_over.add(1);
             }
         });
         if reaped > 0 {
-            pin.batch(requests + self.server.in_flight());
-            self.peers.set_at_home(self.here, pin.is_pinned());
+            self.pace.work_at(Instant::now());
         }
-        // More could have come at once. Not so with large ones: fewer of them stay in the cache.
-        if small {
-            self.grow_if_dry()?;
+        if let Some(queue) = may_run_dry {
+            self.grow_if_dry(queue)?;
         }
         Ok(reaped > 0)
     }
 
-    /// Gives the queue as many entries again, if the kernel has none for its next request.
-    fn grow_if_dry(&mut self) -> io::Result<()> {
-        let more = self.registered.min(self.depth - self.registered);
-        if more == 0 || self.entries.in_kernel() > 0 {
+    /// Nothing is there: looks again, or sleeps until there is a completion or the doorbell rings.
+    fn idle(&mut self) -> io::Result<()> {
+        if self.pace.polls_at(Instant::now()) || !self.doorbell.may_sleep() {
             return Ok(());
         }
-        match Memory::allocate(self.here as u16, more) {
+        self.stats.sleeps.add(1);
+        self.queues.set_sleeps(self.here, true);
+        // After large requests a first, short sleep; if nothing comes, their pages go.
+        let entered = match self.entries.has_burst_pages() {
+            true => self.ring.enter_for(BURST_OVER),
+            false => self.ring.enter(true),
+        };
+        self.queues.set_sleeps(self.here, false);
+        self.doorbell.awake();
+        entered?;
+        if !self.reap()? && self.server.in_flight() == 0 {
+            self.entries.give_back_pages();
+        }
+        Ok(())
+    }
+
+    /// Gives `queue` as many entries again, if the kernel has none for its next request.
+    fn grow_if_dry(&mut self, queue: u16) -> io::Result<()> {
+        if !self.queues.is_served_by(queue, self.here) || self.entries.has_one_for(queue) {
+            return Ok(());
+        }
+        let registered = &mut self.registered[usize::from(queue)];
+        let more = self.queues.take_entries((*registered).min(self.most - *registered));
+        if more == 0 {
+            return Ok(());
+        }
+        match Memory::allocate(&vec![queue; more]) {
             Ok(memory) => {
-                self.registered += more;
-                self.peers.registered(self.here, more);
+                *registered += more;
                 self.entries.register(memory)
             }
             Err(e) => {
-                log::warn!("no more than {} requests at once: {e}", self.registered);
-                self.depth = self.registered;
+                log::warn!("no more than {registered} requests at once of a CPU: {e}");
+                self.most = *registered;
                 Ok(())
             }
         }
     }
 }
 
-/// Where a queue's slots go back to.
+/// Where a thread's slots go back to.
 struct Committer {
     ring: Rc<Ring>,
     entries: Rc<Entries>,
-    peers: Arc<Peers>,
+    queues: Arc<Queues>,
     here: usize,
 }
 
@@ -395,8 +388,8 @@ impl Home for Committer {
             Ok(len) => (0, len as u32),
             Err(errno) => (errno.wire(), 0),
         };
-        let large = peers::is_large(&memory);
-        self.peers.answered(self.here, &memory);
+        let large = queues::is_large(&memory);
+        self.queues.answered(self.here, &memory);
         let len = size_of::<OutHeader>() as u32 + payload_sz;
         memory.put_head_struct(uring_header::IN_OUT, &OutHeader { len, error, unique });
         let mut ring_ent: UringEntInOut = memory.head_struct(uring_header::RING_ENT);

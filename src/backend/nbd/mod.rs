@@ -39,7 +39,7 @@ use self::holes::Sparse;
 use self::unflushed::{Reserved, Unflushed};
 use self::wire::transmission_flag;
 use super::range_lock::RangeLock;
-use super::{Backend, Capabilities, Lane, Loan, Seek, Stat, Zero};
+use super::{Backend, Capabilities, Lane, Loan, Seek, Stat, WaitsFor, Zero};
 use crate::io::Io;
 
 pub use self::error::Error;
@@ -186,8 +186,7 @@ impl Backend for NbdBackend {
             resizable: false,
             fixed_size: true,
             preferred_io_bytes: self.export().block_sizes.preferred,
-            waits: true,
-            may_be_given_up: true,
+            waits_for: WaitsFor::Server,
         }
     }
 
