@@ -3,12 +3,13 @@
 //! It knows no transport and no wire format: an [`Op`] and a payload come in, a [`Reply`] or an
 //! [`Errno`] goes out. Any number of operations run at once, on any thread.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use event_listener::Event;
 use polling::Poller;
+use rustix::time::{ClockId, clock_gettime};
 use smol::{Timer, future};
 
 use crate::backend::{Backend, Capabilities, Lane, Seek, Zero};
@@ -69,11 +70,11 @@ pub struct Export<B> {
     backend: Arc<B>,
     capabilities: Capabilities,
     policy: Policy,
-    /// Off the data path: `stat`, `chmod` and the like.
+    /// Off the data path: `stat`, `chmod` and the like, and the first write in each tick of the clock.
     attributes: Mutex<Attributes>,
-    /// Something was written since `attributes` last took note. Writers only set it, so that they share
-    /// a cache line which hardly ever changes.
-    modified: AtomicBool,
+    /// The tick that `attributes` has for the last write; 0 if somebody has set the time since. It changes with them only,
+    /// so that writers share a cache line which hardly ever changes.
+    written_at: AtomicU64,
     open_files: OpenFiles,
     flushes: Flushes,
     closed: Arc<AtomicBool>,
@@ -113,9 +114,16 @@ struct Attributes {
 /// Seconds and nanoseconds since 1970.
 type Time = (i64, u32);
 
+/// The clock by which the kernel's own file systems tell the time of a write: it takes the time of a tick, and a file that is
+/// touched after a write is never the older one.
 fn now() -> Time {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    (since.as_secs() as i64, since.subsec_nanos())
+    let now = clock_gettime(ClockId::RealtimeCoarse);
+    (now.tv_sec, now.tv_nsec as u32)
+}
+
+/// One number for each tick of the clock.
+fn tick((seconds, nanoseconds): Time) -> u64 {
+    (seconds as u64).wrapping_mul(1_000_000_000).wrapping_add(nanoseconds.into())
 }
 
 /// How long a truncation waits for the page cache to drop what it has zeroed.
@@ -160,7 +168,7 @@ impl<B: Backend> Export<B> {
             capabilities,
             policy,
             attributes: Mutex::new(attributes),
-            modified: AtomicBool::new(false),
+            written_at: AtomicU64::new(0),
             open_files: OpenFiles::default(),
             flushes: Flushes::default(),
             closed,
@@ -540,11 +548,7 @@ impl<B: Backend> Export<B> {
     async fn attr(&self, lane: &B::Lane) -> Result<Reply, Errno> {
         // The source's size may have been changed by others; `stat` is where that is noticed.
         let stat = lane.stat().await?;
-        let mut kept = self.attributes();
-        if self.modified.swap(false, Ordering::AcqRel) {
-            kept.mtime = now();
-            kept.ctime = kept.mtime;
-        }
+        let kept = self.attributes();
         let attr = Attr {
             ino: abi::ROOT_ID,
             size: self.backend.size(),
@@ -610,8 +614,8 @@ impl<B: Backend> Export<B> {
                 kept.atime = (change.atime as i64, change.atimensec);
             }
             if has(fattr::MTIME_NOW) || has(fattr::MTIME) {
-                // What was written before is older than the time being set.
-                self.modified.store(false, Ordering::Release);
+                // The next write counts, also within this tick.
+                self.written_at.store(0, Ordering::Relaxed);
                 kept.mtime = if has(fattr::MTIME_NOW) {
                     now
                 } else {
@@ -684,9 +688,14 @@ impl<B: Backend> Export<B> {
     }
 
     fn note_modified(&self) {
-        if !self.modified.load(Ordering::Relaxed) {
-            self.modified.store(true, Ordering::Release);
+        if self.written_at.load(Ordering::Relaxed) == tick(now()) {
+            return;
         }
+        let mut kept = self.attributes();
+        // Read under the lock, the time never goes back.
+        let now = now();
+        (kept.mtime, kept.ctime) = (now, now);
+        self.written_at.store(tick(now), Ordering::Relaxed);
     }
 
     fn attributes(&self) -> MutexGuard<'_, Attributes> {

@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         modes::other_user_is_shut_out_unless_allowed ["root"],
         modes::owner_can_be_chosen ["root"],
         modes::times_can_be_set if |k| !k.writeback,
+        modes::modification_time_is_that_of_the_write if |k| !k.writeback,
         modes::reads_leave_the_images_access_time if |k| k.regular,
         // 8-10
         size::fixed_disk_ends_where_it_ends if |k| !k.writeback,

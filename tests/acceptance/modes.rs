@@ -1,7 +1,7 @@
 //! Modes, owners and times.
 
 use std::fs::{self, File, FileTimes, Permissions};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -186,6 +186,38 @@ pub fn times_can_be_set(case: &Case) {
     file.write_all_at(b"x", 0).unwrap();
     drop(file);
     assert!(times(export.file()).1 > before, "a write sets the time");
+}
+
+/// Not that of the first look at it: a file that is touched after the write is the newer one.
+pub fn modification_time_is_that_of_the_write(case: &Case) {
+    let image = case.patchy();
+    let export = case.export(&image, &[]);
+    let open = |flags| {
+        File::options().read(true).write(true).custom_flags(flags).open(export.file()).unwrap()
+    };
+    let (file, durable) = (open(0), open(libc::O_DSYNC));
+    let zero = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+    let ways: [(&str, &dyn Fn()); 3] = [
+        ("write", &|| file.write_all_at(b"x", 0).unwrap()),
+        ("durable write", &|| durable.write_all_at(b"x", 0).unwrap()),
+        ("zeroing", &|| fallocate(&file, zero, 0, 4096).unwrap()),
+    ];
+    let modified = |path: &Path| fs::metadata(path).unwrap().modified().unwrap();
+    // More than a tick of the kernel's clock.
+    let wait = || std::thread::sleep(Duration::from_millis(30));
+    let mut older = modified(export.file());
+    for (way, change) in ways {
+        wait();
+        change();
+        wait();
+        let stamp = case.sandbox.join("stamp");
+        fs::write(&stamp, "").unwrap();
+        wait();
+        let written = modified(export.file());
+        assert!(written < modified(&stamp), "{way}: the time of the stat");
+        assert!(written > older, "{way}: no time at all");
+        older = modified(&stamp);
+    }
 }
 
 pub fn reads_leave_the_images_access_time(case: &Case) {
