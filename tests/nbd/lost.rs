@@ -1,7 +1,9 @@
 //! A server that is gone from one moment to the next.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use libc::{EIO, O_DIRECT, O_RDONLY, SIGTERM};
@@ -92,4 +94,38 @@ pub fn killed_server_of_a_flushed_disk_costs_nothing(bench: &Bench) {
     drop(file);
     export.stop(SIGTERM).assert(0, &[]);
     assert!(fs::read(&disk).unwrap()[77..][..data.len()] == data);
+}
+
+/// A file that was never written, and one of which every write was durable: neither fsync nor close needs the server, nor
+/// does the end.
+pub fn loss_with_nothing_unflushed_costs_nothing(bench: &Bench) {
+    const CLIENT: &str = "
+import mmap, os, sys
+untouched = os.open(sys.argv[1], os.O_RDWR)
+durable = os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT | os.O_DSYNC)
+assert os.pwritev(durable, [mmap.mmap(-1, 4096)], 0) == 4096
+print(flush=True)
+sys.stdin.read()
+for file in untouched, durable:
+    os.fsync(file)
+    os.close(file)
+";
+    // With FUA, and with a FLUSH behind the write instead.
+    let filters: [&[&str]; 2] = [&[], &["--filter=fua"]];
+    let gone: &[&str] = &["--reconnect-timeout=0"];
+    for (filter, options) in filters.into_iter().flat_map(|filter| [(filter, gone), (filter, &[])])
+    {
+        let (mut server, uri) = bench.nbdkit(&[filter, &["memory", "4M"]].concat());
+        let mut export = bench.try_export(&uri, options).unwrap();
+        // Another process: a child that another trial forks would inherit the files.
+        let mut client = program("python3", ["-c", CLIENT]);
+        client.arg(export.file()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut client = client.spawn().unwrap();
+        client.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
+        server.kill();
+        drop(client.stdin.take());
+        assert!(client.wait().unwrap().success(), "{filter:?} {options:?}");
+        export.stop(SIGTERM).assert(0, &[]);
+        fs::remove_file(bench.sandbox.join("nbd.socket")).unwrap();
+    }
 }

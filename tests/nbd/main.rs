@@ -113,6 +113,7 @@ fn main() -> ExitCode {
         refusals::server_of_a_read_only_file_hears_the_goodbye ["nbdkit"],
         lost::killed_server_fails_all_requests ["nbdkit"],
         lost::killed_server_of_a_flushed_disk_costs_nothing ["nbdkit"],
+        lost::loss_with_nothing_unflushed_costs_nothing ["nbdkit", "python3"],
         lost::killed_server_over_tcp_fails_all_requests ["qemu-nbd"],
         returns::killed_server_comes_back_on_a_unix_socket ["nbdkit"],
         returns::killed_server_comes_back_over_tcp ["nbdkit"],

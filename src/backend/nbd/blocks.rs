@@ -85,33 +85,33 @@ impl Blocks {
         Ok(())
     }
 
-    /// Writes `data` at `offset`; `durable` as for [`Commands::write`].
-    pub async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<Loan> {
+    /// Writes `data` at `offset`; `fua` as for [`Commands::write`].
+    pub async fn write(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<Loan> {
         if self.commands.minimum() == 1 {
-            return self.commands.write(offset, data, Sending::ByPages, durable).await;
+            return self.commands.write(offset, data, Sending::ByPages, fua).await;
         }
         let parts = self.parts(offset, data.len() as u64);
         let (head, rest) = data.split_at(parts.head as usize);
         let (middle, tail) = rest.split_at(parts.middle as usize);
         let at_middle = offset + parts.head;
         let ends = zip(
-            self.change_part(offset, head.len(), durable, |part| part.copy_from_slice(head)),
-            self.change_part(at_middle + parts.middle, tail.len(), durable, |part| {
+            self.change_part(offset, head.len(), fua, |part| part.copy_from_slice(head)),
+            self.change_part(at_middle + parts.middle, tail.len(), fua, |part| {
                 part.copy_from_slice(tail);
             }),
         );
-        let ((head, tail), middle) = zip(ends, self.write_blocks(at_middle, middle, durable)).await;
+        let ((head, tail), middle) = zip(ends, self.write_blocks(at_middle, middle, fua)).await;
         head?;
         tail?;
         middle
     }
 
-    async fn write_blocks(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<Loan> {
+    async fn write_blocks(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<Loan> {
         if data.is_empty() {
             return Ok(Loan::Over);
         }
         let _shared = self.lock.shared(offset..offset + data.len() as u64).await;
-        self.commands.write(offset, data, Sending::ByPages, durable).await
+        self.commands.write(offset, data, Sending::ByPages, fua).await
     }
 
     /// Makes the range read as zeroes. `EOPNOTSUPP` as for [`Commands::zero`], and then nothing is
@@ -144,7 +144,7 @@ impl Blocks {
         &self,
         offset: u64,
         length: usize,
-        durable: bool,
+        fua: bool,
         change: impl FnOnce(&mut [u8]),
     ) -> io::Result<()> {
         if length == 0 {
@@ -154,7 +154,7 @@ impl Blocks {
         let _exclusive = self.lock.exclusive(block.clone()).await;
         let mut bytes = self.read_block(block.start).await?;
         change(&mut bytes[within]);
-        self.commands.write(block.start, &bytes, Sending::Copied, durable).await.map(drop)
+        self.commands.write(block.start, &bytes, Sending::Copied, fua).await.map(drop)
     }
 
     async fn read_block(&self, offset: u64) -> io::Result<Vec<u8>> {

@@ -141,16 +141,19 @@ impl Commands {
         self.ask(async |connection| connection.read(offset, buf).await).await
     }
 
-    /// Writes `data` at `offset`; with `durable` it is on stable storage when this returns, as far
-    /// as the server can do that: by FUA, or else by FLUSH.
+    /// Whether a write can be durable when it is acknowledged.
+    pub fn has_fua(&self) -> bool {
+        self.has(transmission_flag::SEND_FUA)
+    }
+
+    /// Writes `data` at `offset`; with `fua`, if the server has that, it is on stable storage when this returns.
     pub async fn write(
         &self,
         offset: u64,
         data: &[u8],
         how: Sending,
-        durable: bool,
+        fua: bool,
     ) -> io::Result<Loan> {
-        let fua = durable && self.has(transmission_flag::SEND_FUA);
         let are_out = Cell::new(false);
         let write =
             async |(at, piece): (u64, &[u8])| self.write_piece(at, piece, how, fua, &are_out).await;
@@ -161,9 +164,6 @@ impl Commands {
         } else {
             let pieces = (offset..).step_by(self.max_payload).zip(data.chunks(self.max_payload));
             all(pieces.map(write)).await?;
-        }
-        if durable && !fua {
-            self.flush().await?;
         }
         Ok(if are_out.get() { Loan::Open } else { Loan::Over })
     }

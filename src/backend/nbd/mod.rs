@@ -391,7 +391,11 @@ impl Lane for NbdLane {
         let losses = self.backend.unflushed().losses();
         let _changing = self.backend.extents.changing(offset..offset + data.len() as u64);
         let _writing = self.backend.ahead.writing(offset..offset + data.len() as u64);
-        let loan = self.blocks.write(offset, data, durable).await?;
+        let fua = durable && self.blocks.commands().has_fua();
+        let loan = self.blocks.write(offset, data, fua).await?;
+        if durable && !fua {
+            flush(&self.backend, self.blocks.commands()).await?;
+        }
         if durable && self.backend.unflushed().losses() != losses {
             // The server may have crashed between the write and the FLUSH behind it.
             return Err(io::Error::from_raw_os_error(libc::EIO));

@@ -431,7 +431,9 @@ fn what_a_remote_disk_cannot_do() {
 fn the_last_flush_tells_what_was_lost() {
     for tcp in [false, true] {
         let start = if tcp { nbdkit_tcp } else { nbdkit };
-        let Some(mut server) = start(&["memory", "1M"]) else { return };
+        // With FUA, and without.
+        let filter: &[&str] = if tcp { &["--filter=fua"] } else { &[] };
+        let Some(mut server) = start(&[filter, &["memory", "1M"]].concat()) else { return };
         let flushed = connect(&server.uri(""));
         let written = connect(&server.uri(""));
         let untouched = connect(&server.uri(""));
