@@ -336,3 +336,27 @@ pub fn holes_of_the_server_are_seen(bench: &Bench) {
     fallocate(&file, punch, 1 << 20, 65_536).unwrap();
     assert_eq!(data(export.file()), expected[1..]);
 }
+
+/// The largest disk there is, by BLOCK_STATUS of 4 GiB: each search ends, and the next one goes on from there.
+pub fn search_through_an_enormous_extent_ends(bench: &Bench) {
+    const WALK: &str = "
+import os, sys
+file = os.open(sys.argv[1], os.O_RDONLY)
+size = os.fstat(file).st_size
+if sys.argv[2] == 'hole':
+    first = os.lseek(file, 0, os.SEEK_DATA)
+    second = os.lseek(file, first, os.SEEK_DATA)
+    assert 0 < first < second < size, (first, second)
+    assert os.lseek(file, first, os.SEEK_HOLE) == first
+else:
+    assert os.lseek(file, 0, os.SEEK_HOLE) == size
+    assert os.lseek(file, 0, os.SEEK_DATA) == 0
+";
+    for (plugin, is_all) in [("null", "hole"), ("pattern", "data")] {
+        let (_server, uri) = bench.nbdkit(&[plugin, "7E"]);
+        let export = bench.export(&uri);
+        succeed(program("python3", ["-c", WALK]).arg(export.file()).arg(is_all));
+        drop(export);
+        fs::remove_file(bench.sandbox.join("nbd.socket")).unwrap();
+    }
+}

@@ -30,6 +30,13 @@ const MIN_ZERO: u64 = 64 << 10;
 /// everyone's patience.
 const MAX_STATUS: u64 = 1 << 40;
 
+/// The same where 32 bits have to do. All of them set, nbdkit (1.32) fails an assertion where the answer is one long
+/// extent, and is gone for all its clients.
+const MAX_STATUS_32: u64 = (4 << 30) - (64 << 10);
+/// How many BLOCK_STATUS a search for data or a hole sends at most. By 4 GiB each it would take minutes for petabytes, and for
+/// ever for the largest disk there is. A count, not a time: a server that stalls makes no hole look like data.
+const LONGEST_SEARCH: usize = 2048;
+
 /// The longest READ and WRITE that are sent as one, in bytes: what is longer goes in pieces at once, of which the server
 /// receives or sends one while it stores or fetches another, and by several connections if one is slow.
 const PIECE: u32 = 512 << 10;
@@ -271,25 +278,29 @@ impl Commands {
     fn longest_status(&self) -> u64 {
         match self.export.headers {
             Headers::Extended => MAX_STATUS,
-            Headers::Simple | Headers::Structured => u32::MAX.into(),
+            Headers::Simple | Headers::Structured => MAX_STATUS_32,
         }
     }
 
     /// The next data or hole at or after `offset`, which need not be aligned. `ENXIO`: no data
-    /// follows. Where the server does not tell, everything is data. What `extents` remembers is not
-    /// asked for; each command is awaited, so that a walk over petabytes can be given up.
+    /// follows. Where the server does not tell, everything is data, and so is what `LONGEST_SEARCH` was not enough
+    /// to look through: whoever walks through the disk goes on from there. What `extents` remembers is not asked for.
     pub async fn seek(&self, offset: u64, what: Seek, extents: &Extents) -> io::Result<u64> {
         let size = self.export.size;
         if self.export.base_allocation.is_none() {
             return Ok(if what == Seek::Data { offset } else { size });
         }
-        let mut at = offset;
+        let (mut at, mut asked) = (offset, 0);
         loop {
             let gap = match extents.find(at, what) {
                 Found::At(found) => return Ok(found),
                 Found::NotBefore(gap) if gap >= size => break,
+                Found::NotBefore(gap) if asked == LONGEST_SEARCH => {
+                    return Ok(if what == Seek::Data { gap } else { size });
+                }
                 Found::NotBefore(gap) => gap,
             };
+            asked += 1;
             at = match self.ask_status(gap, what, extents).await? {
                 Found::At(found) if found < size => return Ok(found),
                 Found::At(end) | Found::NotBefore(end) => end,
