@@ -479,13 +479,29 @@ impl FileLane {
         self.io.blocking(move || sys::fallocate(&file, mode, offset, len)).await
     }
 
-    /// Zeroes by writing them.
+    /// tmpfs makes no zeroed ranges, but holes, which need no memory. A file of it has its space kept by reserving it again.
+    async fn zero_memory(&self, offset: u64, len: u64, how: Zero) -> io::Result<()> {
+        let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        self.fallocate(punch, offset, len).await?;
+        if how == Zero::Keep && !self.backend.is_memory {
+            self.fallocate(libc::FALLOC_FL_KEEP_SIZE, offset, len).await?;
+        }
+        Ok(())
+    }
+
+    /// Zeroes by writing them, piece by piece on another thread: through the page cache no piece would wait, and a long range
+    /// would keep everybody else from this thread.
     async fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
-        let zeroes = vec![0; ZEROES_LEN.min(len as usize)];
+        let zeroes = Arc::new(vec![0; ZEROES_LEN.min(len as usize)]);
         let mut at = offset;
         while at < offset + len {
             let n = (zeroes.len() as u64).min(offset + len - at) as usize;
-            self.write(at, &zeroes[..n], false).await?;
+            if self.backend.direct.is_some() {
+                self.write(at, &zeroes[..n], false).await?;
+            } else {
+                let (file, zeroes) = (self.file.clone(), zeroes.clone());
+                self.io.blocking(move || file.write_all_at(&zeroes[..n], at)).await?;
+            }
             at += n as u64;
         }
         Ok(())
@@ -538,6 +554,9 @@ impl Lane for FileLane {
     }
 
     async fn zero(&self, offset: u64, len: u64, how: Zero) -> io::Result<()> {
+        if self.backend.medium == Medium::Memory {
+            return self.zero_memory(offset, len, how).await;
+        }
         let mode = match how {
             Zero::Punch => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
             Zero::Keep => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
@@ -563,6 +582,11 @@ impl Lane for FileLane {
     }
 
     async fn allocate(&self, offset: u64, len: u64, keep_size: bool) -> io::Result<()> {
+        if self.backend.is_memory {
+            // There is nothing to reserve: memory that is taken may be short for others, and is no safer.
+            let grows = !keep_size && offset + len > self.backend.size();
+            return if grows { self.resize(offset + len).await } else { Ok(()) };
+        }
         let mode = if keep_size { libc::FALLOC_FL_KEEP_SIZE } else { 0 };
         self.fallocate(mode, offset, len).await?;
         if !keep_size {
@@ -591,14 +615,9 @@ impl Lane for FileLane {
             Seek::Data => libc::SEEK_DATA,
             Seek::Hole => libc::SEEK_HOLE,
         };
-        // It waits for whoever changes the file's blocks, and for those that tell of them.
+        // It waits for whoever changes the file's blocks, and for those that tell of them; in memory it looks at every page.
         let file = self.backend.file.clone();
-        let seek = move || sys::lseek(&file, offset, whence);
-        let found = match self.backend.medium {
-            Medium::Memory => seek(),
-            Medium::Cached => self.io.blocking(seek).await,
-        };
-        match found {
+        match self.io.blocking(move || sys::lseek(&file, offset, whence)).await {
             // Devices, and file systems that keep no account of holes: everything is data.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(match what {
                 Seek::Data => offset,

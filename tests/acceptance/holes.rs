@@ -67,6 +67,28 @@ pub fn punch_hole_is_refused_where_it_cannot_be(case: &Case) {
     fallocate(&file, ZERO, 0, 4096).unwrap();
 }
 
+/// They need no memory; in a file of a file system in memory their space is kept.
+pub fn zeroes_in_memory_need_none(case: &Case) {
+    let image = case.patchy();
+    let export = case.export(&image, &["--growable"]);
+    let file = File::options().read(true).write(true).open(export.file()).unwrap();
+    let allocated = || file.metadata().unwrap().blocks() * 512;
+    let kept = |len: usize| if case.kind.name == "mem" { 0 } else { len as u64 };
+    file.write_all_at(&noise(4, SIZE), 0).unwrap();
+    file.sync_all().unwrap();
+    assert_eq!(allocated(), SIZE as u64);
+    for mode in [ZERO, FallocateFlags::ZERO_RANGE, FallocateFlags::empty()] {
+        fallocate(&file, mode, 0, SIZE as u64).unwrap();
+        assert_eq!(allocated(), kept(SIZE), "{mode:?}");
+    }
+    assert!(fs::read(export.file()).unwrap() == vec![0; SIZE]);
+    for (mode, len) in [(FallocateFlags::ZERO_RANGE, 2 * SIZE), (FallocateFlags::empty(), 3 * SIZE)]
+    {
+        fallocate(&file, mode, 0, len as u64).unwrap();
+        assert_eq!((file.metadata().unwrap().len(), allocated()), (len as u64, kept(len)));
+    }
+}
+
 pub fn other_fallocate_modes_are_refused(case: &Case) {
     let image = case.patchy();
     let export = case.export(&image, &[]);

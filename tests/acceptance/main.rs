@@ -56,6 +56,7 @@ fn main() -> ExitCode {
         holes::punch_hole_zeroes_and_frees if |k| k.punches,
         holes::punch_hole_is_refused_where_it_cannot_be if |k| !k.punches,
         holes::zero_range_zeroes,
+        holes::zeroes_in_memory_need_none if |k| k.name == "mem" || k.name == "tmpfs",
         holes::other_fallocate_modes_are_refused,
         holes::seek_shows_the_images_holes if |k| !k.writeback,
         holes::copies_keep_the_holes if |k| k.counts_blocks && k.visible,
