@@ -144,7 +144,7 @@ impl FileBackend {
         let direct = options.direct.then(|| Direct::open(&file, read_only)).transpose();
         let direct = direct.map_err(|e| fail(&e))?;
         let backend = FileBackend::new(file, direct, read_only).map_err(|e| fail(&e))?;
-        backend.check_end().map_err(|why| fail(&why))?;
+        backend.check_end(path, options.read_only).map_err(|why| fail(&why))?;
         Ok(Arc::new(backend))
     }
 
@@ -223,8 +223,8 @@ impl FileBackend {
     }
 
     /// A source that says it has bytes where none can be read would give errors later, in the middle of
-    /// somebody's work.
-    fn check_end(&self) -> Result<(), String> {
+    /// somebody's work. Who asks for nothing but reads may be after what can be read of a disk that fails.
+    fn check_end(&self, path: &Path, is_rescue: bool) -> Result<(), String> {
         let size = self.size();
         if size == 0 {
             return Ok(());
@@ -238,7 +238,16 @@ impl FileBackend {
                 "shorter than it claims: no byte can be read at {}, the last of {size} (is it a disk image?)",
                 size - 1
             )),
-            Err(e) => Err(format!("the last of its {size} bytes cannot be read: {e}")),
+            Err(e) if is_rescue => {
+                let path = path.display();
+                log::warn!(
+                    "{path}: the last of its {size} bytes cannot be read, perhaps others: {e}"
+                );
+                Ok(())
+            }
+            Err(e) => Err(format!(
+                "the last of its {size} bytes cannot be read: {e} (what can be is served with -r)"
+            )),
         }
     }
 }

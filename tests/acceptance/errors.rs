@@ -60,6 +60,30 @@ pub fn error_fails_only_the_requests_that_touch_it(case: &Case) {
     export.stop(libc::SIGTERM).assert(0, &[]);
 }
 
+/// For who wants what can still be read of a disk that fails.
+pub fn device_with_a_bad_end_is_served_read_only(case: &Case) {
+    let bytes = noise(6, SIZE);
+    let image = case.image(&bytes);
+    let (device, half) = (image.path(), SIZE / 2);
+    let store = File::options().write(true).open(image.store.as_ref().unwrap()).unwrap();
+    store.set_len(half as u64).unwrap();
+    succeed(program("blockdev", ["--flushbufs"]).arg(device));
+    let refused = case.try_export(&image, &[]).err().expect("it is served writable");
+    refused.assert(3, &[&image.source, "cannot be read", "-r"]);
+    let mut export = export(case, device, &["-r"]);
+    let file = File::open(export.file()).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), SIZE as u64);
+    let mut good = vec![0; half];
+    file.read_exact_at(&mut good, 0).unwrap();
+    assert!(good == bytes[..half]);
+    assert_errno(file.read_at(&mut [0; 4096], SIZE as u64 - 4096), EIO);
+    drop(file);
+    let ended = export.stop(libc::SIGTERM);
+    ended.assert(0, &[]);
+    let warned = |line: &&str| line.contains(&image.source) && line.contains("cannot be read");
+    assert!(ended.warnings().iter().any(warned), "{}", ended.log);
+}
+
 /// Writes to the loop device stay in the page cache; only the flush meets the full file system behind it.
 pub fn flush_reaches_the_disk_and_its_failure_the_exit_status(case: &Case) {
     let tight = Tight::new(512 << 10);

@@ -84,6 +84,7 @@ fn main() -> ExitCode {
         // 17-19
         errors::error_fails_only_the_requests_that_touch_it ["blockdev"] if |k| k.name.starts_with("loop"),
         errors::flush_reaches_the_disk_and_its_failure_the_exit_status ["loop"] if |k| k.name == "loop",
+        errors::device_with_a_bad_end_is_served_read_only ["blockdev"] if |k| k.name.starts_with("loop"),
         errors::write_that_is_lost_beside_others_is_told_by_fsync ["loop"] if |k| k.name == "loop-direct",
         errors::full_file_system_says_so ["root"] if |k| k.name == "tmpfs",
         errors::servers_error_fails_only_the_requests_that_touch_it if |k| k.name == "nbdkit-unix",
