@@ -185,7 +185,7 @@ impl FileBackend {
         let is_device = metadata.file_type().is_block_device();
         let file_system = sys::file_system_magic(&file)?;
         let in_memory = !is_device && file_system == TMPFS_MAGIC;
-        let size = if is_device { sys::block_device_size(&file)? } else { metadata.len() };
+        let size = size_of(&file, &metadata)?;
         let preferred = match &direct {
             Some(direct) => (metadata.blksize() as u32).max(direct.offset_align as u32),
             None => metadata.blksize() as u32,
@@ -270,6 +270,14 @@ fn why_not_writable(opened: &io::Result<File>) -> Option<String> {
     }
 }
 
+/// In bytes, of a file or a block device.
+fn size_of(file: &File, metadata: &Metadata) -> io::Result<u64> {
+    match metadata.file_type().is_block_device() {
+        true => sys::block_device_size(file),
+        false => Ok(metadata.len()),
+    }
+}
+
 fn check_type(metadata: &Metadata) -> Result<(), &'static str> {
     let kind = metadata.file_type();
     if kind.is_file() || kind.is_block_device() {
@@ -346,12 +354,14 @@ impl Backend for FileBackend {
     }
 
     fn stat(&self) -> io::Result<Stat> {
-        let metadata = if self.is_device {
-            self.file.metadata()?
-        } else {
-            self.length.look(|| self.file.metadata(), Metadata::len)?
+        // A device's changes too: lvextend, losetup -c.
+        let look = || {
+            let metadata = self.file.metadata()?;
+            let size = size_of(&self.file, &metadata)?;
+            io::Result::Ok((metadata, size))
         };
-        let allocated = if self.is_device { self.size() } else { metadata.blocks() * 512 };
+        let (metadata, size) = self.length.look(look, |(_, size)| *size)?;
+        let allocated = if self.is_device { size } else { metadata.blocks() * 512 };
         Ok(Stat {
             allocated_bytes: allocated,
             atime: (metadata.atime(), metadata.atime_nsec() as u32),

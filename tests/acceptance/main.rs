@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         size::growable_disk_grows if |k| k.resizable,
         size::truncate_keeps_both_lengths_equal if |k| k.resizable,
         size::size_that_others_have_changed_is_known if |k| k.regular && !k.writeback,
+        size::device_that_grows_is_seen_to_grow if |k| k.name.starts_with("loop"),
         size::appends_beside_stat_are_read_back if |k| k.resizable,
         size::fallocate_past_the_end_grows if |k| k.resizable,
         size::disk_of_fixed_size_keeps_it if |k| !k.writeback,
@@ -83,8 +84,8 @@ fn main() -> ExitCode {
         clients::qemu_img_agrees ["qemu-img"] if |k| k.visible,
         // 17-19
         errors::error_fails_only_the_requests_that_touch_it ["blockdev"] if |k| k.name.starts_with("loop"),
-        errors::flush_reaches_the_disk_and_its_failure_the_exit_status ["loop"] if |k| k.name == "loop",
         errors::device_with_a_bad_end_is_served_read_only ["blockdev"] if |k| k.name.starts_with("loop"),
+        errors::flush_reaches_the_disk_and_its_failure_the_exit_status ["loop"] if |k| k.name == "loop",
         errors::write_that_is_lost_beside_others_is_told_by_fsync ["loop"] if |k| k.name == "loop-direct",
         errors::full_file_system_says_so ["root"] if |k| k.name == "tmpfs",
         errors::servers_error_fails_only_the_requests_that_touch_it if |k| k.name == "nbdkit-unix",

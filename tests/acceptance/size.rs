@@ -112,6 +112,26 @@ pub fn size_that_others_have_changed_is_known(case: &Case) {
     assert!(end[..4096] == [0; 4096] && end[4096..] == [1; 4096]);
 }
 
+/// As an image that others make longer.
+pub fn device_that_grows_is_seen_to_grow(case: &Case) {
+    let image = case.patchy();
+    let export = case.export(&image, &[]);
+    let file = File::options().read(true).write(true).open(export.file()).unwrap();
+    let store = File::options().read(true).write(true).open(image.store.as_ref().unwrap()).unwrap();
+    let mut expected = case.patchy_bytes();
+    for size in [SIZE + 65_536, 2 * SIZE] {
+        store.set_len(size as u64).unwrap();
+        expected.resize(size, 0);
+        succeed(&mut program("losetup", ["--set-capacity", &image.source]));
+        assert_eq!(len(case, &export, &image), size);
+        let end = noise(size as u64, 4096);
+        assert_errno(file.write_at(&end, size as u64), ENOSPC);
+        assert_eq!(file.write_at(&end, size as u64 - 4096).unwrap(), end.len());
+        expected[size - 4096..].copy_from_slice(&end);
+        assert!(fs::read(export.file()).unwrap() == expected);
+    }
+}
+
 /// Ends another thread's work, also if this one panics.
 struct Done<'a>(&'a AtomicBool);
 
