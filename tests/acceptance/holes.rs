@@ -164,5 +164,8 @@ pub fn stat_and_statfs_are_sensible(case: &Case) {
     }
     let statfs = statfs(export.file()).unwrap();
     assert_eq!(statfs.f_blocks * statfs.f_bsize as u64, SIZE as u64);
-    assert!(statfs.f_bfree <= statfs.f_blocks && statfs.f_namelen >= 255, "{statfs:?}");
+    assert!(statfs.f_bfree == statfs.f_blocks && statfs.f_bavail == statfs.f_blocks);
+    assert!(statfs.f_namelen >= 255, "{statfs:?}");
+    let df = succeed(program("df", ["--output=pcent"]).arg(export.file()));
+    assert_eq!(df.split_whitespace().last(), Some("0%"), "{df}");
 }
