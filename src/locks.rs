@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use crate::sys;
@@ -18,9 +19,27 @@ const ENDS: Duration = Duration::from_secs(150);
 /// How often the lock is tried.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// Locks the byte at `in_use`. `EAGAIN` if another process goes on holding it.
+/// Locks the byte at `in_use`. `EAGAIN` if another process goes on holding it. Where there are no locks it says so, and does
+/// without: they keep a mistake from doing harm, and nothing else depends on them.
 pub fn take(file: &File, in_use: u64, ending: u64) -> io::Result<()> {
-    when_free(|| sys::lock_byte(file, in_use), || sys::byte_is_locked(file, ending))
+    when_free(|| sys::lock_byte(file, in_use), || sys::byte_is_locked(file, ending)).or_else(|e| {
+        if !has_none(&e) {
+            return Err(e);
+        }
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let path = path.unwrap_or_default();
+        let path = path.display();
+        log::warn!("{path}: no locks can be had there ({e}): see to it that it is used once only");
+        Ok(())
+    })
+}
+
+/// What a file system without locks says: NFS without a lock service, and others.
+fn has_none(e: &io::Error) -> bool {
+    use libc::{EFBIG, EINVAL, ENOLCK, ENOSYS, EOPNOTSUPP, EOVERFLOW};
+    // The last two: none so far behind the data (NLM before version 4).
+    let none = [ENOLCK, ENOSYS, EOPNOTSUPP, EINVAL, EOVERFLOW, EFBIG];
+    e.raw_os_error().is_some_and(|errno| none.contains(&errno))
 }
 
 /// This process, which has taken the lock, is about to end.

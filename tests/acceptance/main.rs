@@ -27,6 +27,7 @@ fn main() -> ExitCode {
         mounting::odd_size_ends_in_a_short_read if |k| k.resizable,
         mounting::image_is_mounted_over_itself if |k| k.regular,
         mounting::second_writable_export_is_refused if |k| k.locked,
+        mounting::image_without_locks_is_served_with_a_warning ["root"] if |k| k.locked,
         mounting::every_signal_ends_it_cleanly,
         mounting::unmount_from_outside_ends_it_cleanly,
         mounting::file_that_is_in_use_is_reported_and_taken_away,

@@ -2,9 +2,11 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 
 use crate::common::export::Export;
 use crate::common::image::patchy;
+use crate::common::seccomp;
 use crate::common::suite::{Case, SIZE};
 use crate::common::{eventually, is_root, noise, program, succeed};
 
@@ -97,6 +99,26 @@ pub fn second_writable_export_is_refused(case: &Case) {
     first.stop(libc::SIGTERM).assert(0, &[]);
     // The lock has gone with it.
     drop(again(&[]).unwrap_or_else(|ended| panic!("{}", ended.log)));
+}
+
+/// As NFS without a lock service: that is no reason not to serve.
+pub fn image_without_locks_is_served_with_a_warning(case: &Case) {
+    let image = case.patchy();
+    for errno in [libc::ENOLCK, libc::ENOSYS, libc::EOPNOTSUPP, libc::EINVAL] {
+        let without_locks = |command: &mut Command| {
+            seccomp::deny_if(command, libc::SYS_fcntl, Some(libc::F_OFD_SETLK), errno);
+        };
+        let mountpoint = case.sandbox.join("disk");
+        let options = case.options(&[]);
+        let started = Export::try_start(&image.source, &mountpoint, &options, without_locks);
+        let mut export = started.unwrap_or_else(|ended| panic!("{errno}: {}", ended.log));
+        fs::File::options().write(true).open(export.file()).unwrap().write_all_at(b"x", 0).unwrap();
+        let ended = export.stop(libc::SIGTERM);
+        ended.assert(0, &[]);
+        let says = |line: &&str| line.contains(&image.source) && line.contains("no locks");
+        assert_eq!(ended.warnings().into_iter().filter(says).count(), 1, "{}", ended.log);
+        assert_eq!(image.bytes()[0], b'x');
+    }
 }
 
 pub fn every_signal_ends_it_cleanly(case: &Case) {

@@ -13,6 +13,7 @@ pub mod image;
 pub mod mounts;
 pub mod nbd;
 pub mod sandbox;
+pub mod seccomp;
 pub mod suite;
 pub mod writer;
 

@@ -5,7 +5,6 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-mod seccomp;
 
 use std::fs;
 use std::process::{Command, ExitCode};
@@ -13,6 +12,7 @@ use std::process::{Command, ExitCode};
 use common::ability::{self, Setting};
 use common::export::{Ended, Export, Transport};
 use common::sandbox::Sandbox;
+use common::seccomp;
 use common::suite::{run_serially, trial};
 use libtest_mimic::Trial;
 
