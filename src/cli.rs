@@ -255,7 +255,7 @@ pub struct UsageError(String);
 
 impl std::fmt::Display for UsageError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}\ntry: diskfuse --help", self.0)
+        write!(f, "{} (try: diskfuse --help)", self.0)
     }
 }
 

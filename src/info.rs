@@ -5,6 +5,7 @@ use serde::Serialize;
 use crate::backend::Backend;
 use crate::backend::file::FileBackend;
 use crate::backend::nbd::info::ExportInfo;
+use crate::logging::{is_unprintable, printable};
 
 /// What is known of a local source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -60,12 +61,26 @@ pub struct Listing {
     pub exports: Vec<ExportInfo>,
 }
 
-/// One `name: value` a line, or one JSON object; both from the same fields.
+/// One `name: value` a line, or one JSON object; both from the same fields. Nothing in it moves a terminal.
 pub fn text(info: &impl Serialize, json: bool) -> Result<String, serde_json::Error> {
     if json {
-        return Ok(serde_json::to_string_pretty(info)? + "\n");
+        return Ok(escaped(&serde_json::to_string_pretty(info)?) + "\n");
     }
     Ok(lines(&serde_json::to_value(info)?, ""))
+}
+
+/// JSON leaves some in strings that are no control characters to it. Its own line ends are.
+fn escaped(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        if c != '\n' && is_unprintable(c) {
+            // None of them is beyond 16 bits.
+            text.push_str(&format!("\\u{:04x}", u32::from(c)));
+        } else {
+            text.push(c);
+        }
+    }
+    text
 }
 
 /// A value as indented lines.
@@ -97,7 +112,7 @@ fn lines(value: &serde_json::Value, indent: &str) -> String {
 fn plain(value: &serde_json::Value) -> String {
     use serde_json::Value;
     match value {
-        Value::String(text) => text.clone(),
+        Value::String(text) => printable(text).into_owned(),
         Value::Bool(true) => "yes".into(),
         Value::Bool(false) => "no".into(),
         Value::Null => "unknown".into(),
@@ -120,6 +135,17 @@ mod tests {
         assert!(text.contains("source: mem:64K\n") && text.contains("size: 65536\n"), "{text}");
         assert!(text.contains("read only: no\n"), "{text}");
         assert_eq!(text.lines().count(), 7);
+    }
+
+    #[test]
+    fn what_a_server_says_is_shown_and_not_carried_out() {
+        let info = LocalInfo { source: "a\nsize: 1\u{1b}[2J\u{9b}2J\u{202e}".into(), ..info() };
+        let shown = text(&info, false).unwrap();
+        assert!(shown.starts_with("source: a\\nsize: 1\\u{1b}[2J\\u{9b}2J\\u{202e}\n"), "{shown}");
+        let json = text(&info, true).unwrap();
+        assert!(json.chars().all(|c| c == '\n' || !is_unprintable(c)), "{json}");
+        let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(value["source"], info.source);
     }
 
     #[test]

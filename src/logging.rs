@@ -4,9 +4,12 @@
 //! there is something to serve one thread does all the writing ([`write_from_a_thread`]), and the others hand it
 //! their lines through a bounded queue; what finds it full is counted and not said.
 //!
+//! What servers, paths and other programs have put into a message is shown, not carried out: see [`printable`].
+//!
 //! What happens for each request of a broken disk would fill a log, so a warning or an error from one place in the code is
 //! said the first time, and after that once a second at most, with how often it was left out.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -41,10 +44,37 @@ pub fn to_syslog() {
     TO_SYSLOG.store(true, Ordering::Release);
 }
 
-/// Says something to whoever listens.
+/// The text with escapes for what a terminal would carry out and a reader not see: control characters, line ends among them,
+/// and those that turn the direction of writing. What a server says must not pass for something else.
+///
+/// It is for where text leaves: until then the names of exports are what the server knows them by.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if !text.contains(is_unprintable) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        match is_unprintable(c) {
+            true => shown.extend(c.escape_default()),
+            false => shown.push(c),
+        }
+    }
+    Cow::Owned(shown)
+}
+
+/// See [`printable`].
+pub fn is_unprintable(c: char) -> bool {
+    let ends_line = matches!(c, '\u{2028}' | '\u{2029}');
+    let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}')
+        || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    c.is_control() || ends_line || turns
+}
+
+/// Says something to whoever listens, on one line.
 pub fn say(message: &str) {
-    let Some(writer) = WRITER.get() else { return write(message) };
-    if let Err(TrySendError::Full(_)) = writer.try_send(Line::Say(message.to_owned())) {
+    let message = printable(message);
+    let Some(writer) = WRITER.get() else { return write(&message) };
+    if let Err(TrySendError::Full(_)) = writer.try_send(Line::Say(message.into_owned())) {
         LOST.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -203,6 +233,15 @@ mod tests {
         );
         assert_eq!(repeats.all_left_out(), ["failure 2999 (and 998 more like it before)"]);
         assert!(repeats.all_left_out().is_empty());
+    }
+
+    #[test]
+    fn what_is_said_is_one_line_without_control_characters() {
+        let evil = "a\nb\r\t\u{1b}[31mred\u{7f}\u{9b}2J \u{202e}txt.exe";
+        let shown = printable(evil);
+        assert_eq!(shown, r"a\nb\r\t\u{1b}[31mred\u{7f}\u{9b}2J \u{202e}txt.exe");
+        let harmless = "größer als 'ein \\ Wort' \u{1f600}";
+        assert!(matches!(printable(harmless), Cow::Borrowed(text) if text == harmless));
     }
 
     #[test]

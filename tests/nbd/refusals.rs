@@ -13,7 +13,7 @@ use crate::common::export::binary;
 use crate::common::nbd::{Address, Server};
 use crate::common::sandbox::Sandbox;
 use crate::common::suite::trial;
-use crate::common::{assert_errno, eventually, fail, noise, program};
+use crate::common::{assert_errno, eventually, fail, noise, program, succeed};
 use crate::{Bench, SIZE, in_memory};
 
 /// Runs the program on a mountpoint that is missing: it ends with this status, says each of `says` in one or
@@ -29,6 +29,7 @@ pub fn assert_refused<S: AsRef<std::ffi::OsStr>>(words: &[S], status: i32, says:
         assert!(said.contains(word), "{word:?} is missing: {said}");
     }
     assert!(said.starts_with("diskfuse: ") && said.lines().count() <= 2, "{said}");
+    assert!(said.chars().all(|c| c == '\n' || !c.is_control()), "{said:?}");
     assert!(output.stdout.is_empty());
     assert_eq!(sandbox.names(), [""; 0], "what it made is left");
 }
@@ -152,6 +153,17 @@ const REFUSALS: &[Refusal] = &[
         ..SOURCE
     },
     Refusal {
+        name: "names_with_control_characters",
+        make: |sandbox| {
+            let open = "open=echo ENOENT >&2; exit 1";
+            let (_, server) = nbdkit(sandbox, &["eval", "get_size=echo 1M", EVIL_LIST, open]);
+            (Address::unix(sandbox).uri("z"), server)
+        },
+        needs: &["nbd", "nbdkit"],
+        says: &[r"'\u{1b}[31mred\u{9b}2J\u{202e}'"],
+        ..SOURCE
+    },
+    Refusal {
         name: "size_zero",
         make: |sandbox| nbdkit(sandbox, &["memory", "0"]),
         needs: &["nbd", "nbdkit"],
@@ -207,6 +219,27 @@ const REFUSALS: &[Refusal] = &[
     },
 ];
 
+/// Of the plugin eval: an export whose name does things to a terminal.
+const EVIL_LIST: &str = r"list_exports=printf 'NAMES\n\033[31mred\302\2332J\342\200\256\n'";
+const EVIL: &str = "\u{1b}[31mred\u{9b}2J\u{202e}";
+
+/// They are shown, and a script gets the names as they are.
+fn control_characters_are_listed() {
+    let sandbox = in_memory();
+    let description = r"export_description=printf 'two\tor\r\033]0;title\007'";
+    let (uri, _server) = nbdkit(&sandbox, &["eval", "get_size=echo 1M", EVIL_LIST, description]);
+    let list = |options: &[&str]| {
+        let text = succeed(program(binary(), ["--list", &uri]).args(options));
+        assert!(text.chars().all(|c| c == '\n' || !c.is_control() && c != '\u{202e}'), "{text:?}");
+        text
+    };
+    let text = list(&[]);
+    assert!(text.contains(r"name: \u{1b}[31mred\u{9b}2J\u{202e}"), "{text}");
+    assert!(text.contains(r"description: two\tor\r\u{1b}]0;title\u{7}"), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&list(&["--json"])).unwrap();
+    assert_eq!(json["exports"][0]["name"], EVIL);
+}
+
 /// A server without end: its listing is refused, in bounded memory.
 fn endless_listing() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -258,7 +291,9 @@ pub fn trials() -> Vec<Trial> {
         })
     });
     let endless = trial("refused/endless_listing".into(), vec!["nbd"], endless_listing);
-    trials.chain([endless]).collect()
+    let evil = control_characters_are_listed;
+    let evil = trial("refused/control_characters_are_listed".into(), vec!["nbd", "nbdkit"], evil);
+    trials.chain([endless, evil]).collect()
 }
 
 pub fn read_only_server_makes_a_read_only_file(bench: &Bench) {
