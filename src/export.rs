@@ -129,6 +129,10 @@ fn tick((seconds, nanoseconds): Time) -> u64 {
 /// How long a truncation waits for the page cache to drop what it has zeroed.
 const DROP_LIMIT: Duration = Duration::from_secs(1);
 
+/// The bounds of `st_blksize`, in bytes.
+const MIN_BLKSIZE: u32 = 512;
+const MAX_BLKSIZE: u32 = 1 << 20;
+
 const WRITE_BITS: u32 = 0o222;
 const OTHERS_BITS: u32 = 0o077;
 const SPECIAL_BITS: u32 = 0o7000;
@@ -569,7 +573,8 @@ impl<B: Backend> Export<B> {
             nlink: 1,
             uid: kept.uid,
             gid: kept.gid,
-            blksize: self.capabilities.preferred_io_bytes,
+            // Programs take buffers of that size. A server may prefer up to 2 GiB.
+            blksize: self.capabilities.preferred_io_bytes.clamp(MIN_BLKSIZE, MAX_BLKSIZE),
             ..Default::default()
         };
         // A size may change behind the kernel's back, and a stat is cheap. Where it does not, or the kernel owns it, the kernel need

@@ -1,7 +1,7 @@
 //! nbdkit's filters and plugins as servers that can less, or do worse.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -359,4 +359,13 @@ else:
         drop(export);
         fs::remove_file(bench.sandbox.join("nbd.socket")).unwrap();
     }
+}
+
+/// Programs take buffers of the size that a file prefers.
+pub fn preferred_size_of_a_server_is_bounded(bench: &Bench) {
+    let sizes = ["blocksize-minimum=512", "blocksize-preferred=32M", "blocksize-maximum=64M"];
+    let words = [&["--filter=blocksize-policy", "memory", "64M"], &sizes[..]].concat();
+    let (_server, uri) = bench.nbdkit(&words);
+    let export = bench.export(&uri);
+    assert_eq!(fs::metadata(export.file()).unwrap().blksize(), 1 << 20);
 }

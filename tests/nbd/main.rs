@@ -108,6 +108,7 @@ fn main() -> ExitCode {
         filters::delays_of_many_requests_pass_together ["nbdkit"],
         filters::holes_of_the_server_are_seen ["nbdkit", "qemu-img"],
         filters::search_through_an_enormous_extent_ends ["nbdkit", "python3"],
+        filters::preferred_size_of_a_server_is_bounded ["nbdkit"],
         tls::nbdkit_is_served ["nbdkit", "openssl"],
         tls::qemu_nbd_is_served ["qemu-nbd", "openssl"],
         refusals::read_only_server_makes_a_read_only_file ["nbdkit", "qemu-nbd"],
