@@ -22,8 +22,10 @@ const FLAG_NO_ZEROES: u16 = 1 << 1;
 const MAX_OPTION_REPLY: u32 = 64 << 10;
 /// The most replies to one option that are believed; a listing has one for each export.
 const MAX_OPTION_REPLIES: usize = 100_000;
-/// The most bytes of an answer to one option, all replies together.
+/// The most bytes of an answer to one option, all replies together with their headers, ...
 const MAX_ANSWER: u64 = 16 << 20;
+/// ... and of all answers on a connection: a listing asks for the contexts of each export.
+const MAX_ANSWERS: u64 = 64 << 20;
 
 /// The metadata context that tells holes from data.
 pub const BASE_ALLOCATION: &str = "base:allocation";
@@ -126,12 +128,14 @@ pub type Listed = (String, String);
 pub struct Haggling<S> {
     stream: S,
     time_limit: Duration,
+    /// The bytes of all answers so far.
+    answered: u64,
 }
 
 impl<S: Read + Write> Haggling<S> {
     /// On `stream`, whose reads and writes give up after `time_limit`.
     pub fn new(stream: S, time_limit: Duration) -> Haggling<S> {
-        Haggling { stream, time_limit }
+        Haggling { stream, time_limit, answered: 0 }
     }
 
     /// Hands the stream on: to TLS, or to transmission.
@@ -311,7 +315,7 @@ impl<S: Read + Write> Haggling<S> {
         mut each: impl FnMut(u32, &[u8]) -> Result<(), Error>,
     ) -> Result<Answer<()>, Error> {
         self.send_option(option, data)?;
-        let mut bytes = 0;
+        let most = (self.answered + MAX_ANSWER).min(MAX_ANSWERS);
         for _ in 0..MAX_OPTION_REPLIES {
             let header: [u8; 20] = self.receive()?;
             if be_u64(&header, 0) != OPTION_REPLY_MAGIC || be_u32(&header, 8) != option as u32 {
@@ -321,8 +325,8 @@ impl<S: Read + Write> Haggling<S> {
             if length > MAX_OPTION_REPLY {
                 return Err(Error::Protocol(format!("an option reply has {length} bytes")));
             }
-            bytes += u64::from(length);
-            if bytes > MAX_ANSWER {
+            self.answered += header.len() as u64 + u64::from(length);
+            if self.answered > most {
                 break;
             }
             let mut data = vec![0; length as usize];

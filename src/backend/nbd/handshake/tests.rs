@@ -229,3 +229,16 @@ fn flags_that_contradict_each_other_are_dropped() {
     let read_only = f::HAS_FLAGS | f::READ_ONLY;
     assert_eq!(sane_flags(read_only | f::SEND_WRITE_ZEROES), read_only);
 }
+
+#[test]
+fn what_a_server_tells_is_bounded_over_all_its_exports() {
+    let context = [&7_u32.to_be_bytes()[..], &[b'x'; 60_000]].concat();
+    let context = reply(Opt::ListMetaContext, rep::META_CONTEXT, &context);
+    let answer = [context.repeat(250), reply(Opt::ListMetaContext, rep::ACK, &[])].concat();
+    let mut peer = haggling(&vec![answer; 5]);
+    for export in ["a", "b", "c", "d"] {
+        assert_eq!(peer.list_meta_contexts(export).unwrap().len(), 250);
+    }
+    let error = peer.list_meta_contexts("e").unwrap_err();
+    assert!(error.to_string().contains("has no end"), "{error}");
+}
