@@ -153,6 +153,15 @@ const REFUSALS: &[Refusal] = &[
         ..SOURCE
     },
     Refusal {
+        name: "export_that_is_listed_and_not_opened",
+        make: |sandbox| {
+            nbdkit(sandbox, &["eval", "get_size=echo 1M", "open=echo ENOENT >&2; exit 1"])
+        },
+        needs: &["nbd", "nbdkit"],
+        says: &["lists its export '' (the default one)", "log"],
+        ..SOURCE
+    },
+    Refusal {
         name: "names_with_control_characters",
         make: |sandbox| {
             let open = "open=echo ENOENT >&2; exit 1";

@@ -5,14 +5,14 @@
 //! requests are served, except that a serving thread opens its own connection at its start.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, ToSocketAddrs};
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustls::ClientConfig;
-use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+use socket2::Socket;
 
 use super::Options;
+use super::connect::{connect_tcp, connect_unix, connect_vsock, left_until};
 use super::error::Error;
 use super::handshake::{
     BlockSizes, ExportReply, Greeting, Haggling, Older, check_block_sizes, sane_flags, stream_error,
@@ -21,18 +21,6 @@ use super::stream::Stream;
 use super::tls;
 use super::uri::{Address, Uri};
 use super::wire::{DEFAULT_MAX_PAYLOAD, Headers, transmission_flag};
-use crate::sys;
-
-/// The longest pause between two attempts of TCP's to get data to the server: so soon it goes on after a link was down. With
-/// it the kernel gives up after some 100 s without any answer (net.ipv4.tcp_retries2), which a server that has stopped
-/// reading still gives.
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// Where the kernel has no such option (before Linux 6.15): how long data may stay unacknowledged, or unread by the server.
-const TCP_USER_TIMEOUT: Duration = Duration::from_secs(120);
-/// When an idle connection is probed, how often after that, and how many probes without an answer end it.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_PROBES: u32 = 6;
 
 /// What was agreed on with a server, fixed for the life of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,15 +132,6 @@ impl Write for Timed {
 
     fn flush(&mut self) -> io::Result<()> {
         self.socket.flush()
-    }
-}
-
-/// `TimedOut` if nothing is.
-fn left_until(deadline: Instant) -> io::Result<Duration> {
-    match deadline.saturating_duration_since(Instant::now()) {
-        left if left.is_zero() => Err(io::ErrorKind::TimedOut.into()),
-        // What a socket would round down to zero would be no limit at all.
-        left => Ok(left.max(Duration::from_millis(1))),
     }
 }
 
@@ -363,57 +342,14 @@ impl Dialer {
             Address::Tcp { host, port } => {
                 (format!("{host}:{port}"), connect_tcp(host, *port, deadline))
             }
-            Address::Unix(path) => (
-                path.display().to_string(),
-                SockAddr::unix(path)
-                    .and_then(|to| connect_to(&to, None, deadline))
-                    .inspect(enlarge_send_buffer),
-            ),
+            Address::Unix(path) => (path.display().to_string(), connect_unix(path, deadline)),
             Address::Vsock { cid, port } => {
-                let to = SockAddr::vsock(*cid, *port);
-                (format!("vsock {cid}:{port}"), connect_to(&to, None, deadline))
+                (format!("vsock {cid}:{port}"), connect_vsock(*cid, *port, deadline))
             }
         };
         let socket = socket.map_err(|source| Error::Connect { to, source })?;
         Ok(Timed { socket, deadline })
     }
-}
-
-/// Tries every address of the host; the first error tells most, since the resolver sorts them. An
-/// address that does not answer leaves the others their share of the time.
-fn connect_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<Socket> {
-    let mut first_error = None;
-    let addresses = resolve(host, port, deadline)?;
-    for (tried, address) in addresses.iter().enumerate() {
-        let share = left_until(deadline)? / (addresses.len() - tried) as u32;
-        let until = Instant::now() + share;
-        let connected = connect_to(&(*address).into(), Some(Protocol::TCP), until);
-        match connected.and_then(|socket| tune_tcp(&socket).map(|()| socket)) {
-            Ok(socket) => return Ok(socket),
-            Err(error) => drop(first_error.get_or_insert(error)),
-        }
-    }
-    Err(first_error.unwrap_or_else(|| io::Error::other("the host has no address")))
-}
-
-/// The resolver has time-outs of its own, so it is asked on a thread that may be left behind.
-fn resolve(host: &str, port: u16, deadline: Instant) -> io::Result<Vec<SocketAddr>> {
-    let (sender, answer) = mpsc::channel();
-    let host = host.to_owned();
-    std::thread::Builder::new().name("resolve".into()).spawn(move || {
-        let addresses = (host.as_str(), port).to_socket_addrs();
-        // Nobody listens any more after the deadline.
-        let _ = sender.send(addresses.map(Iterator::collect));
-    })?;
-    answer.recv_timeout(left_until(deadline)?).unwrap_or_else(|_| {
-        Err(io::Error::new(io::ErrorKind::TimedOut, "its name was not resolved in time"))
-    })
-}
-
-fn connect_to(to: &SockAddr, protocol: Option<Protocol>, deadline: Instant) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::from(i32::from(to.family())), Type::STREAM, protocol)?;
-    socket.connect_timeout(to, left_until(deadline)?)?;
-    Ok(socket)
 }
 
 /// Takes the client flags out of what the crate sends: it says "fixed newstyle" to every server,
@@ -447,33 +383,6 @@ impl Write for NoFlags<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.socket.flush()
-    }
-}
-
-/// A Unix socket has room for some 200 KiB, so that a large write takes several calls and a wake-up for each. (TCP
-/// finds its own size.) With room for several of them the server is never short of data. Their payloads wait in it by
-/// their pages; what is copied, short writes and TLS, takes as much of the kernel's memory as it waits. The kernel
-/// doubles the number, and takes less where less is allowed (`net.core.wmem_max`): both are fine.
-fn enlarge_send_buffer(socket: &Socket) {
-    const SEND_BUFFER: usize = 4 << 20;
-    if let Err(e) = socket.set_send_buffer_size(SEND_BUFFER) {
-        log::debug!("SO_SNDBUF: {e}");
-    }
-}
-
-/// No delay: requests are gathered before they are sent. The time-outs tell a dead host from a slow server: a link that is down
-/// for a minute ends no connection, and nor does a server that reads nothing for as long as it likes.
-fn tune_tcp(socket: &Socket) -> io::Result<()> {
-    socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(
-        &TcpKeepalive::new()
-            .with_time(KEEPALIVE_IDLE)
-            .with_interval(KEEPALIVE_INTERVAL)
-            .with_retries(KEEPALIVE_PROBES),
-    )?;
-    match sys::set_tcp_longest_pause(socket, LONGEST_PAUSE) {
-        Ok(()) => Ok(()),
-        Err(_) => socket.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT)),
     }
 }
 

@@ -102,21 +102,19 @@ impl fmt::Display for Error {
             Error::Protocol(reason) => {
                 write!(f, "the server does not keep to the protocol: {reason}")
             }
+            Error::NoSuchExport { name, existing } if existing.contains(name) => write!(
+                f,
+                "the server lists its export {} and does not open it: its log may say why",
+                Named(name)
+            ),
             Error::NoSuchExport { name, existing } => {
-                write!(f, "the server has no export named '{name}'")?;
-                match existing.as_slice() {
-                    [] => Ok(()),
-                    [one] => write!(f, "; it has '{one}'"),
-                    many => {
-                        f.write_str("; it has ")?;
-                        for (at, name) in many.iter().take(20).enumerate() {
-                            write!(f, "{}'{name}'", if at == 0 { "" } else { ", " })?;
-                        }
-                        if many.len() > 20 {
-                            write!(f, " and {} more", many.len() - 20)?;
-                        }
-                        Ok(())
-                    }
+                write!(f, "the server has no export named {}", Named(name))?;
+                for (at, name) in existing.iter().take(20).enumerate() {
+                    write!(f, "{}{}", if at == 0 { "; it has " } else { ", " }, Named(name))?;
+                }
+                match existing.len().saturating_sub(20) {
+                    0 => Ok(()),
+                    more => write!(f, " and {more} more"),
                 }
             }
             Error::Refused { what, reason } => write!(f, "the server refuses {what}: {reason}"),
@@ -128,7 +126,7 @@ impl fmt::Display for Error {
             ),
             Error::Tls(reason) => write!(f, "TLS failed: {reason}"),
             Error::Certificates { path, reason } => write!(f, "{}: {reason}", path.display()),
-            Error::SizeZero { name } => write!(f, "the export '{name}' has size zero"),
+            Error::SizeZero { name } => write!(f, "the export {} has size zero", Named(name)),
             Error::TooLong { size } => write!(
                 f,
                 "the export's size of {size} bytes is more than a file can have, which is {} bytes",
@@ -141,6 +139,18 @@ impl fmt::Display for Error {
                  larger or its blocks smaller",
                 size % u64::from(*minimum)
             ),
+        }
+    }
+}
+
+/// The name of an export, which may be none.
+struct Named<'a>(&'a str);
+
+impl fmt::Display for Named<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            "" => f.write_str("'' (the default one)"),
+            name => write!(f, "'{name}'"),
         }
     }
 }
@@ -188,6 +198,17 @@ mod tests {
         let missing =
             Error::NoSuchExport { name: "a".into(), existing: vec!["b".into(), "c".into()] };
         assert_eq!(missing.to_string(), "the server has no export named 'a'; it has 'b', 'c'");
+        let missing = |name: &str, existing: &[&str]| {
+            let existing = existing.iter().map(|&name| name.into()).collect();
+            Error::NoSuchExport { name: name.into(), existing }.to_string()
+        };
+        let default = "'' (the default one)";
+        assert_eq!(
+            missing("a", &[""]),
+            format!("the server has no export named 'a'; it has {default}")
+        );
+        let refused = missing("", &["a", ""]);
+        assert!(refused.contains(&format!("lists its export {default}")), "{refused}");
         assert!(Error::TlsRequired.to_string().contains("nbds://"));
     }
 }

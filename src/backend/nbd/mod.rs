@@ -1,8 +1,8 @@
 //! A remote disk over NBD, the network block device protocol.
 //!
 //! ```text
-//! uri ── dial ── handshake (over socket or tls)                    start-up, blocking
-//!          │
+//! uri ── dial ┬ connect                                             start-up, blocking
+//!          │  └ handshake (over socket or tls)
 //!   NbdLane ┬ blocks ─ commands ─ connections ┬ connection ┬ requests ─┐     serving, asynchronous
 //!           └ ahead ─ holes ─ extents         │            ├ inflight  ├ stream
 //!                                             │            └ replies  ─┘
@@ -51,6 +51,7 @@ mod abandoned;
 mod ahead;
 mod blocks;
 mod commands;
+mod connect;
 mod connection;
 mod connections;
 mod coverage;
