@@ -354,7 +354,10 @@ pub fn clients_of_a_stopped_server_can_be_killed(bench: &Bench) {
     let write: &[&str] = &["dd", "if=/dev/zero", "of={}", "bs=4k", "count=1", "conv=notrunc"];
     let flush: &[&str] = &["bash", "-c", "exec 3<>\"{}\"; exec 3>&-"];
     let catches: &[&str] = &["python3", "-c", "open('{}', 'rb', buffering=0).read(4096)"];
+    let seek: &[&str] =
+        &["python3", "-c", "import os; os.lseek(os.open('{}', 0), 0, os.SEEK_DATA)"];
     for (words, signal) in [
+        (seek, Signal::KILL),
         (read, Signal::KILL),
         (read, Signal::INT),
         (read, Signal::TERM),
