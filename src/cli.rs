@@ -21,7 +21,7 @@ use crate::export::{Cache, Truncate};
     example = "Show another host's disk:\n  {command_name} nbd://storage/vm1 ./vm1.img\n\nServe an image while a command runs:\n  {command_name} --run 'e2fsck -f \"$DISKFUSE_FILE\"' disk.img",
     // Without the word "help", which may be a file.
     help_triggers("--help"),
-    note = "Ends on SIGINT, SIGTERM, SIGHUP or when MOUNTPOINT is unmounted. More in the man page: diskfuse(1).",
+    note = "Ends on SIGINT, SIGTERM and their like, or when MOUNTPOINT is unmounted. More in the man page: diskfuse(1).",
     error_code(0, "Clean"),
     error_code(1, "It failed while serving, or the last flush failed"),
     error_code(2, "Usage"),

@@ -6,13 +6,13 @@ use std::process::ExitCode;
 
 use diskfuse::cli::{self, Command, Config, Source};
 use diskfuse::daemon::{self, Process};
-use diskfuse::{errands, logging, run};
+use diskfuse::{errands, logging, own_folder, run};
 
 /// Exit status for a command line that makes no sense.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    if let Some(status) = errands::run_if_called() {
+    if let Some(status) = errands::run_if_called().or_else(own_folder::run_if_called) {
         return status;
     }
     let status = serve_or_tell();

@@ -555,6 +555,16 @@ fn clear_dead_mount(path: &Path) {
     }
 }
 
+/// Unmounts what a diskfuse that is known to have ended has left at `path`, which has no links in it. Nothing there is
+/// touched before.
+pub fn take_away(path: &Path) -> io::Result<()> {
+    match mountinfo_entry(path)? {
+        Some(entry) if entry.fs_type == FS_TYPE => sys::umount(path, libc::MNT_DETACH)
+            .or_else(|_| helper_unmount(path, true).map_err(io::Error::other)),
+        _ => Ok(()),
+    }
+}
+
 /// A path without links in its folder; the last part is not looked at.
 fn lexical_path(path: &Path) -> Option<PathBuf> {
     let name = path.file_name()?;

@@ -15,7 +15,6 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use polling::{Event, Events, Poller};
-use tempfile::TempDir;
 
 use crate::backend::Backend;
 use crate::backend::file::{self, FileBackend};
@@ -26,7 +25,9 @@ use crate::errands::{Errand, Running};
 use crate::export::{Cache, Export, Policy};
 use crate::info::{self, Listing, LocalInfo, RemoteInfo};
 use crate::mount::{self, Mount, Mountpoint, Unmounted};
+use crate::own_folder::OwnFolder;
 use crate::session::{self, Session};
+use crate::signals::{Signals, Wish};
 use crate::stats::{Stats, Transport};
 use crate::{logging, privileges, sys};
 
@@ -80,7 +81,7 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
     let io_flusher = sys::become_io_flusher();
     let given_up = privileges::give_up(config.run.is_some());
     // So that all of them leave these signals to the control thread.
-    let mut control = Control::new(matches!(io_flusher, Ok(true)))
+    let mut control = Control::new(config.source.to_string(), matches!(io_flusher, Ok(true)))
         .map_err(|e| Failure::Serving(format!("signals: {e}")))?;
     // Nothing is logged before this: it might not be read.
     logging::write_from_a_thread().map_err(|e| Failure::Serving(format!("the log: {e}")))?;
@@ -155,17 +156,17 @@ pub fn list(uri: &Uri, json: bool, remote: &nbd::Options) -> Result<String, Fail
 }
 
 /// The mountpoint that was asked for, or one of its own in a temporary folder that goes with it.
-fn place(config: &Config) -> Result<(PathBuf, Option<TempDir>), Failure> {
+fn place(config: &Config) -> Result<(PathBuf, Option<OwnFolder>), Failure> {
     if let Some(path) = &config.mountpoint {
         return Ok((path.clone(), None));
     }
-    let folder = tempfile::Builder::new().prefix("diskfuse-").tempdir();
-    let folder = folder.map_err(|e| Failure::Mount(format!("a temporary folder: {e}")))?;
     let name = match &config.source {
         Source::Path(path) => path.file_name(),
         Source::Nbd(_) | Source::Memory(_) => None,
     };
-    Ok((folder.path().join(name.unwrap_or("disk".as_ref())), Some(folder)))
+    let folder = OwnFolder::new(name.unwrap_or("disk".as_ref()).as_ref());
+    let folder = folder.map_err(|e| Failure::Mount(format!("a temporary folder: {e}")))?;
+    Ok((folder.mountpoint().to_owned(), Some(folder)))
 }
 
 /// Requests lie in memory at 4 KiB and multiples of it, and a request's longest payload is counted in pages.
@@ -252,7 +253,7 @@ fn serve<B: Backend>(
         .map_err(|e| Failure::Source(format!("{}: {e}", config.source)))?;
     let export = Arc::new(export);
     export.set_control(control.poller.clone());
-    let stats = Arc::new(Stats::default());
+    let stats = control.stats.clone();
     let options = session::Options {
         io_uring,
         queue_depth: config.queue_depth,
@@ -405,8 +406,10 @@ struct Ended {
 /// What the control thread waits for.
 struct Control {
     poller: Arc<Poller>,
-    signals: OwnedFd,
-    signals_before: sys::Signals,
+    signals: Signals,
+    /// For SIGUSR1: of which source, and how much was served.
+    source: String,
+    stats: Arc<Stats>,
     /// Tells when something is mounted or unmounted here.
     mounts: File,
     /// The command of `--run` would inherit it.
@@ -428,20 +431,18 @@ const SIGNALS: usize = 0;
 const MOUNTS: usize = 1;
 
 impl Control {
-    fn new(became_io_flusher: bool) -> io::Result<Control> {
-        let mut signals = vec![libc::SIGINT, libc::SIGTERM, libc::SIGCHLD];
-        // Under nohup(1) it goes on when the terminal is gone; a descriptor reads even what is ignored.
-        signals.extend((!sys::is_ignored(libc::SIGHUP)).then_some(libc::SIGHUP));
-        let (signals, signals_before) = sys::signal_fd(&signals)?;
+    fn new(source: String, became_io_flusher: bool) -> io::Result<Control> {
+        let signals = Signals::take()?;
         let mounts = File::open("/proc/self/mountinfo")?;
         let poller = Arc::new(Poller::new()?);
         // Deleted in `Drop`, before they are closed.
-        sys::watch(&poller, &signals, Event::readable(SIGNALS))?;
+        sys::watch(&poller, signals.descriptor(), Event::readable(SIGNALS))?;
         sys::watch(&poller, &mounts, Event::none(MOUNTS).with_priority())?;
         Ok(Control {
             poller,
             signals,
-            signals_before,
+            source,
+            stats: Arc::default(),
             mounts,
             became_io_flusher,
             events: Events::new(),
@@ -458,12 +459,16 @@ impl Control {
         self.events.clear();
         self.poller.wait(&mut self.events, timeout)?;
         // polling watches once only.
-        self.poller.modify(&self.signals, Event::readable(SIGNALS))?;
+        self.poller.modify(self.signals.descriptor(), Event::readable(SIGNALS))?;
         if self.events.iter().any(|event| event.key == MOUNTS) {
             self.poller.modify(&self.mounts, Event::none(MOUNTS).with_priority())?;
         }
-        let signal = sys::next_signal(&self.signals)?;
-        Ok(signal.filter(|signal| signal.number != libc::SIGCHLD))
+        let signal = self.signals.next()?;
+        if signal.is_some_and(|signal| signal.wish() == Wish::Statistics) {
+            // It was asked for: whatever RUST_LOG says.
+            logging::say(&format!("{}: {}", self.source, self.stats.summary()));
+        }
+        Ok(signal.filter(|signal| signal.wish() == Wish::End))
     }
 
     /// Runs `work`, which may block for long, on a thread of its own, and gives it up for a signal.
@@ -598,7 +603,7 @@ impl Control {
         if let Some(command) = &config.run {
             let mut shell = Command::new("/bin/sh");
             shell.arg("-c").arg(command).env("DISKFUSE_FILE", mount.path());
-            sys::restore_signals(&mut shell, self.signals_before);
+            sys::restore_signals(&mut shell, self.signals.before());
             if self.became_io_flusher {
                 sys::end_io_flusher(&mut shell);
             }
@@ -730,7 +735,7 @@ impl Control {
         log::info!("signal {}", signal.number);
         if let Some(command) = &self.command {
             // The command's end is ours; it may have something to tidy up. It has had the terminal's Ctrl-C itself.
-            if !signal.by_kernel
+            if !signal.is_of_terminal()
                 && let Err(e) = sys::kill(command.id(), signal.number)
             {
                 log::warn!("the command cannot be signalled: {e}");
@@ -768,7 +773,7 @@ impl Control {
 
 impl Drop for Control {
     fn drop(&mut self) {
-        let deleted = self.poller.delete(&self.signals);
+        let deleted = self.poller.delete(self.signals.descriptor());
         if let Err(e) = deleted.and(self.poller.delete(&self.mounts)) {
             log::error!("signals: {e}");
         }

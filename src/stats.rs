@@ -100,6 +100,14 @@ impl Stats {
         )
     }
 
+    /// The sums over the threads of each transport, as one line.
+    pub fn summary(&self) -> String {
+        let transports = [Transport::Uring, Transport::Legacy];
+        let is_there = |transport: &Transport| self.lock().iter().any(|(t, _)| t == transport);
+        let lines: Vec<_> = transports.into_iter().filter(is_there).map(|t| self.line(t)).collect();
+        if lines.is_empty() { "nothing is served yet".into() } else { lines.join("; ") }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<(Transport, Arc<ThreadStats>)>> {
         self.threads.lock().expect("no code panics while it holds the list")
     }
@@ -119,5 +127,16 @@ mod tests {
         assert!(
             stats.line(Transport::Legacy).starts_with("/dev/fuse: 0 reads (0 bytes), 7 writes")
         );
+    }
+
+    #[test]
+    fn the_summary_has_the_transports_that_serve() {
+        let stats = Stats::default();
+        assert_eq!(stats.summary(), "nothing is served yet");
+        stats.thread(Transport::Legacy).reads.add(1);
+        assert_eq!(stats.summary(), stats.line(Transport::Legacy));
+        stats.thread(Transport::Uring);
+        let both = [Transport::Uring, Transport::Legacy].map(|t| stats.line(t));
+        assert_eq!(stats.summary(), both.join("; "));
     }
 }

@@ -384,7 +384,7 @@ pub fn inherit(command: &mut std::process::Command, fd: RawFd) {
 
 /// How signals were when this process was started, for a command that it starts in turn.
 #[derive(Clone, Copy)]
-pub struct Signals {
+pub struct SignalsBefore {
     mask: libc::sigset_t,
     /// What SIGXFSZ did.
     file_size: libc::sighandler_t,
@@ -393,7 +393,7 @@ pub struct Signals {
 /// Blocks `signals` in this thread and all threads that it starts, and returns a descriptor that reads them
 /// (`signalfd(2)`), not blocking. SIGXFSZ is ignored from then on: a write past the file size limit is to fail, not to
 /// kill the program. Also says how all of that was before.
-pub fn signal_fd(signals: &[libc::c_int]) -> io::Result<(OwnedFd, Signals)> {
+pub fn signal_fd(signals: &[libc::c_int]) -> io::Result<(OwnedFd, SignalsBefore)> {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     let mut mask = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigemptyset initialises the set that the others read, and pthread_sigmask the former mask; no handler is
@@ -413,12 +413,12 @@ pub fn signal_fd(signals: &[libc::c_int]) -> io::Result<(OwnedFd, Signals)> {
         }
         let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
         let fd = owned(check(libc::signalfd(-1, set.as_ptr(), flags))?);
-        Ok((fd, Signals { mask: mask.assume_init(), file_size }))
+        Ok((fd, SignalsBefore { mask: mask.assume_init(), file_size }))
     }
 }
 
 /// Has the child that `command` starts find signals as they were `before`.
-pub fn restore_signals(command: &mut std::process::Command, before: Signals) {
+pub fn restore_signals(command: &mut std::process::Command, before: SignalsBefore) {
     use std::os::unix::process::CommandExt;
     let restore = move || {
         // SAFETY: both are async-signal-safe; the mask is a valid one, and what SIGXFSZ did is no handler of another
@@ -467,13 +467,13 @@ pub fn end_io_flusher(command: &mut std::process::Command) {
     unsafe { command.pre_exec(end) };
 }
 
-/// Whether this process was started with `signal` ignored, as nohup(1) does.
-pub fn is_ignored(signal: libc::c_int) -> bool {
+/// Whether `signal` does what it does by default: neither ignored, as by nohup(1), nor handled.
+pub fn is_default(signal: libc::c_int) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: nothing is changed; `action` has room for the structure, and zeroes are a valid one.
     unsafe {
         let asked = libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
-        asked == 0 && action.assume_init().sa_sigaction == libc::SIG_IGN
+        asked == 0 && action.assume_init().sa_sigaction == libc::SIG_DFL
     }
 }
 
@@ -526,7 +526,7 @@ pub fn watch(
 pub struct Signal {
     /// `SIGINT` and so on
     pub number: libc::c_int,
-    /// The kernel sent it to the whole foreground process group, as a terminal's Ctrl-C (`SI_KERNEL`).
+    /// The kernel sent it (`SI_KERNEL`): for a terminal's Ctrl-C, a timer or a limit.
     pub by_kernel: bool,
 }
 

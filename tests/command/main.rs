@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod processes;
+mod signals;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -332,7 +333,8 @@ fn main() -> ExitCode {
         trial("other_names_need_a_link".into(), vec!["fuse"], other_names_need_a_link),
         trial("nothing_is_said_without_need".into(), vec!["fuse"], nothing_is_said_without_need),
     ];
-    let trials: Vec<Trial> = refusals.chain(others).chain(processes::trials()).collect();
+    let elsewhere = processes::trials().into_iter().chain(signals::trials());
+    let trials: Vec<Trial> = refusals.chain(others).chain(elsewhere).collect();
     run_trials(trials)
 }
 
