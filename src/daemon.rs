@@ -1,11 +1,14 @@
 //! What scripts need: a background process that says when it is ready, and a file with its number.
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::process::ExitCode;
 
+use rustix::fs::OFlags;
+
+use crate::place::Place;
 use crate::{locks, logging, sys};
 
 /// In the background process: tells the one that the user started that the file can be used.
@@ -55,7 +58,7 @@ impl Background {
 /// A file with the number of this process, locked as long as it runs, and removed when dropped.
 #[derive(Debug)]
 pub struct Pidfile {
-    path: PathBuf,
+    place: Place,
     file: File,
     /// We made the file, or wrote it. Else what is in it is not ours to remove.
     ours: bool,
@@ -66,42 +69,44 @@ const IN_USE: u64 = 0;
 /// The byte that is locked when it is about to end.
 const ENDING: u64 = 1;
 
-const NO_PIDFILE: &str =
-    "is not a pidfile: choose a path where nothing is, or a file with only a number in it";
+const NO_PIDFILE: &str = "is not a pidfile: choose a path where nothing is, or a regular file (no link) with only a number in it";
 /// More than any number and the white space around it.
 const PIDFILE_BYTES: usize = 64;
 
 impl Pidfile {
     /// Makes the file, still empty, or takes one that a process left, as it is, and locks it. The error says
     /// what to do about it.
+    ///
+    /// root's pidfile may be in a folder that others can write to: what they put there leads to no other file.
     pub fn lock(path: &Path) -> Result<Pidfile, String> {
         let fail = |why: &dyn std::fmt::Display| format!("{}: {why}", path.display());
+        let not_written = |e| fail(&format!("the pidfile cannot be written: {e}"));
         let not_one = || fail(&NO_PIDFILE);
+        let place = Place::named(path).map_err(not_written)?;
         loop {
-            let there = std::fs::metadata(path).ok();
-            // Not even opened: that may do something to a device.
-            if there.as_ref().is_some_and(|there| !there.is_file()) {
-                return Err(not_one());
-            }
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o644)
-                .open(path)
-                .map_err(|e| fail(&format!("the pidfile cannot be written: {e}")))?;
-            // The process changes its folder later.
-            let canonical = path.canonicalize();
+            // Not even opened before: that may do something to a device.
+            let (file, is_new) = match place.seen() {
+                Ok(there) if !there.is_file => return Err(not_one()),
+                Ok(_) => (place.open(OFlags::RDWR, 0), false),
+                Err(_) => (place.open(OFlags::RDWR | OFlags::CREATE | OFlags::EXCL, 0o644), true),
+            };
+            let file = match file {
+                Ok(file) => file,
+                // It has come or gone between the two.
+                Err(e)
+                    if e.raw_os_error()
+                        == Some(if is_new { libc::EEXIST } else { libc::ENOENT }) =>
+                {
+                    continue;
+                }
+                Err(e) => return Err(not_written(e)),
+            };
             let locked = locks::take(&file, IN_USE, ENDING);
             let number = number_in(&file).ok_or_else(not_one)?;
             match locked {
                 // Who had it has removed it at its end.
-                Ok(()) if !is_at(&file, path) => {}
-                Ok(()) => {
-                    let path = canonical.map_err(|e| fail(&e))?;
-                    return Ok(Pidfile { path, file, ours: there.is_none() });
-                }
+                Ok(()) if !place.has(&file) => {}
+                Ok(()) => return Ok(Pidfile { place, file, ours: is_new }),
                 Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {
                     return Err(fail(&format!("the pidfile is in use by process {number}")));
                 }
@@ -127,19 +132,14 @@ impl Pidfile {
 fn number_in(file: &File) -> Option<String> {
     let mut bytes = [0; PIDFILE_BYTES];
     let len = file.read_at(&mut bytes, 0).ok()?;
-    // The kernel's own files, whose numbers mean something, are not as long as they claim.
-    if file.metadata().ok()?.len() != len as u64 {
+    let there = file.metadata().ok()?;
+    // The kernel's own files, whose numbers mean something, are not as long as they claim. And what has another name is
+    // somebody's.
+    if !there.is_file() || there.len() != len as u64 || there.nlink() > 1 {
         return None;
     }
     let number = std::str::from_utf8(&bytes[..len]).ok()?.trim();
     number.bytes().all(|byte| byte.is_ascii_digit()).then(|| number.to_owned())
-}
-
-/// Whether `path` is this very file.
-fn is_at(file: &File, path: &Path) -> bool {
-    let inode = |found: io::Result<Metadata>| found.map(|there| (there.dev(), there.ino())).ok();
-    let ours = inode(file.metadata());
-    ours.is_some() && inode(std::fs::metadata(path)) == ours
 }
 
 /// Whether two paths name one file, be it there or not.
@@ -152,10 +152,10 @@ impl Drop for Pidfile {
     fn drop(&mut self) {
         // Somebody may have put another in its place.
         if self.ours
-            && is_at(&self.file, &self.path)
-            && let Err(e) = std::fs::remove_file(&self.path)
+            && self.place.has(&self.file)
+            && let Err(e) = self.place.remove()
         {
-            log::warn!("{}: {e}", self.path.display());
+            log::warn!("{}: {e}", self.place.path().display());
         }
     }
 }
@@ -207,13 +207,49 @@ mod tests {
     }
 
     #[test]
-    fn a_pidfile_may_be_a_link() {
+    fn a_pidfile_is_no_link_to_anything() {
         let folder = tempfile::tempdir().unwrap();
-        let (path, link) = (folder.path().join("pid"), folder.path().join("link"));
-        std::os::unix::fs::symlink("pid", &link).unwrap();
-        let pidfile = Pidfile::lock(&link).unwrap();
-        assert!(is_same_file(&path, &link));
+        let join = |name| folder.path().join(name);
+        // An empty file, or one with a number, may be of value all the same.
+        for (target, content) in [("empty", ""), ("number", "17\n")] {
+            std::fs::write(join(target), content).unwrap();
+            std::os::unix::fs::symlink(target, join("link")).unwrap();
+            std::fs::hard_link(join(target), join("name")).unwrap();
+            for other in ["link", "name"] {
+                let error = Pidfile::lock(&join(other)).unwrap_err();
+                assert!(error.contains("is not a pidfile"), "{error}");
+                assert_eq!(std::fs::read_to_string(join(target)).unwrap(), content);
+                std::fs::remove_file(join(other)).unwrap();
+            }
+        }
+        std::os::unix::fs::symlink("nowhere", join("link")).unwrap();
+        assert!(Pidfile::lock(&join("link")).unwrap_err().contains("is not a pidfile"));
+        assert!(!join("nowhere").exists());
+    }
+
+    #[test]
+    fn what_takes_a_pidfiles_place_is_not_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let join = |name| folder.path().join(name);
+        let mut pidfile = Pidfile::lock(&join("pid")).unwrap();
+        pidfile.write().unwrap();
+        std::fs::rename(join("pid"), join("away")).unwrap();
+        std::os::unix::fs::symlink("away", join("pid")).unwrap();
         drop(pidfile);
-        assert!(link.is_symlink() && !path.exists());
+        assert!(join("pid").is_symlink() && join("away").exists());
+    }
+
+    #[test]
+    fn a_pidfiles_folder_may_be_a_link_and_move() {
+        let folder = tempfile::tempdir().unwrap();
+        let join = |name| folder.path().join(name);
+        std::fs::create_dir(join("run")).unwrap();
+        std::os::unix::fs::symlink("run", join("link")).unwrap();
+        let mut pidfile = Pidfile::lock(&join("link/pid")).unwrap();
+        pidfile.write().unwrap();
+        assert!(join("run/pid").exists());
+        std::fs::rename(join("run"), join("moved")).unwrap();
+        drop(pidfile);
+        assert!(!join("moved/pid").exists());
     }
 }

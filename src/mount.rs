@@ -8,7 +8,7 @@
 //! place. What is there is looked at without I/O, and told from what else could be there by numbers that are never
 //! given out twice.
 
-use std::ffi::{CString, OsString};
+use std::ffi::CString;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -17,11 +17,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use crate::errands::{Errand, Running};
+use crate::place::{Place, Seen};
 use crate::sys;
 
 /// The file system type that `mount` and mountinfo show.
@@ -113,7 +114,7 @@ impl Mountpoint {
         let place = fs::canonicalize(path).and_then(|path| Place::of(&path));
         let place = place.map_err(|e| fail(&e.to_string()))?;
         let mut mountpoint = Mountpoint { place, created };
-        match mountinfo_entry(&mountpoint.place.path).map_err(|e| fail(&e.to_string()))? {
+        match mountinfo_entry(mountpoint.place.path()).map_err(|e| fail(&e.to_string()))? {
             Some(entry) if entry.fs_type == FS_TYPE => {
                 return Err(fail(&format!("already served, as {}", entry.source)));
             }
@@ -123,7 +124,7 @@ impl Mountpoint {
             None => {}
         }
         if mountpoint.created.is_none() && metadata.len() == 0 {
-            mountpoint.created = mountpoint.place.created_by_others();
+            mountpoint.created = created_by_others(&mountpoint.place);
         }
         // fusermount3 would refuse it with a message of its own; this one says what to do.
         if sys::effective_ids().0 != 0 && OpenOptions::new().write(true).open(path).is_err() {
@@ -136,7 +137,7 @@ impl Mountpoint {
 
     /// Where it is, without links.
     pub fn path(&self) -> &Path {
-        &self.place.path
+        self.place.path()
     }
 
     /// Whether the file is gone since it was checked: a diskfuse that was ending has removed it.
@@ -155,14 +156,14 @@ impl Mountpoint {
                 let mount = Mount { mountpoint: self, seen, abort, device: ours, by_helper };
                 Ok((mount, device))
             }
-            Err(why) => Err((MountError(format!("{}: {why}", self.place.path.display())), self)),
+            Err(why) => Err((MountError(format!("{}: {why}", self.path().display())), self)),
         }
     }
 
     fn try_mount(&self, options: &Options) -> Result<(OwnedFd, bool), String> {
         let is_root = sys::effective_ids().0 == 0;
         let by_root = is_root.then(|| mount_as_root(&self.place, options)).transpose();
-        let path = &self.place.path;
+        let path = self.path();
         let (device, by_helper) = match by_root {
             Ok(Some(device)) => (device, false),
             // root of a user namespace, say: the helper may be allowed what we are not.
@@ -202,93 +203,21 @@ impl Drop for Mountpoint {
         if !self.place.seen().is_ok_and(is_ours) {
             return;
         }
-        match rustix::fs::unlinkat(&self.place.folder, &self.place.name, AtFlags::empty()) {
+        match self.place.remove() {
+            Ok(()) => {}
             // Somebody has mounted on it meanwhile, and removes it in turn.
-            Ok(()) | Err(Errno::BUSY) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
             Err(e) => log::warn!("{}: cannot be removed: {e}", self.path().display()),
         }
     }
 }
 
-/// A name in a folder. The folder is held open, so that the place is the same wherever the folder is moved to.
-#[derive(Debug)]
-struct Place {
-    folder: OwnedFd,
-    name: OsString,
-    /// Where it was to begin with, without links.
-    path: PathBuf,
-}
-
-/// What is at a [`Place`], looked at without asking whoever serves it.
-#[derive(Clone, Copy, Debug)]
-struct Seen {
-    device: u64,
-    inode: u64,
-    is_file: bool,
-    len: u64,
-    /// The kernel's number of the mount that it is of, ...
-    mount: u64,
-    /// ... which is never given out again (Linux 6.8).
-    is_unique: bool,
-}
-
-impl Place {
-    fn of(path: &Path) -> io::Result<Place> {
-        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
-        let folder = path.parent().unwrap_or(Path::new("/"));
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = rustix::fs::open(folder, flags, Mode::empty())?;
-        Ok(Place { folder, name, path: path.to_owned() })
-    }
-
-    /// A path for system calls that take no folder: valid wherever the folder is now, in this process only.
-    fn path_by_folder(&self) -> PathBuf {
-        Path::new(&format!("/proc/self/fd/{}", self.folder.as_raw_fd())).join(&self.name)
-    }
-
-    /// Where it is now, for other programs.
-    fn path_now(&self) -> PathBuf {
-        let folder = fs::read_link(format!("/proc/self/fd/{}", self.folder.as_raw_fd()));
-        folder.map_or_else(|_| self.path.clone(), |folder| folder.join(&self.name))
-    }
-
-    fn seen(&self) -> io::Result<Seen> {
-        // include/uapi/linux/stat.h; kernels that do not know it tell the other number.
-        const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
-        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
-        let mask = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::SIZE;
-        let mask = mask | StatxFlags::from_bits_retain(STATX_MNT_ID_UNIQUE);
-        let seen = rustix::fs::statx(&self.folder, &self.name, flags, mask)?;
-        Ok(Seen {
-            device: rustix::fs::makedev(seen.stx_dev_major, seen.stx_dev_minor),
-            inode: seen.stx_ino,
-            is_file: u32::from(seen.stx_mode) & libc::S_IFMT == libc::S_IFREG,
-            len: seen.stx_size,
-            mount: seen.stx_mnt_id,
-            is_unique: seen.stx_mask & STATX_MNT_ID_UNIQUE != 0,
-        })
-    }
-
-    /// The very file, which cannot become a link to another meanwhile.
-    fn open(&self) -> io::Result<OwnedFd> {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.folder, &self.name, flags, Mode::empty())?;
-        let mode = rustix::fs::fstat(&file)?.st_mode;
-        match mode & libc::S_IFMT {
-            libc::S_IFREG => Ok(file),
-            _ => Err(io::Error::other("it is no regular file any more")),
-        }
-    }
-
-    /// The file, if one is there that others have created as a mountpoint and are about to remove. From here on this
-    /// process is one of them.
-    fn created_by_others(&self) -> Option<File> {
-        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = rustix::fs::openat(&self.folder, &self.name, flags, Mode::empty()).ok()?;
-        let file = File::from(file);
-        let theirs = sys::byte_is_locked(&file, CREATED_LOCK);
-        (theirs && sys::share_byte(&file, CREATED_LOCK).is_ok()).then_some(file)
-    }
+/// The file, if one is there that others have created as a mountpoint and are about to remove. From here on this process
+/// is one of them.
+fn created_by_others(place: &Place) -> Option<File> {
+    let file = place.open(OFlags::RDWR, 0).ok()?;
+    let theirs = sys::byte_is_locked(&file, CREATED_LOCK);
+    (theirs && sys::share_byte(&file, CREATED_LOCK).is_ok()).then_some(file)
 }
 
 /// A mount; unmounted when dropped, by force if need be.
@@ -459,7 +388,7 @@ fn mount_as_root(place: &Place, options: &Options) -> Result<OwnedFd, Refused> {
         flags |= libc::MS_RDONLY;
     }
     let c = |text: &str| CString::new(text.replace('\0', "?")).expect("it has no zero byte");
-    let mounted = place.open().and_then(|target| {
+    let mounted = place.file().and_then(|target| {
         let target = PathBuf::from(format!("/proc/self/fd/{}", target.as_raw_fd()));
         sys::mount(&c(&options.source), &target, &c(FS_TYPE), flags, &c(&data))
     });
@@ -544,13 +473,13 @@ fn is_dead(e: &io::Error) -> bool {
 /// Unmounts what a killed diskfuse left behind: nobody serves it any more, so nothing is lost by that.
 fn clear_dead_mount(path: &Path) {
     let dead = fs::metadata(path).is_err_and(|e| is_dead(&e));
-    let Some(full) = dead.then(|| lexical_path(path)).flatten() else { return };
-    let mounted = mountinfo_entry(&full).ok().flatten();
+    let Some(place) = dead.then(|| Place::named(path).ok()).flatten() else { return };
+    let mounted = mountinfo_entry(place.path()).ok().flatten();
     if mounted.is_some_and(|entry| entry.fs_type == FS_TYPE) {
         log::warn!("{}: unmounting what a killed diskfuse left there", path.display());
-        if sys::umount(&full, libc::MNT_DETACH).is_err() {
+        if sys::umount(&place.path_by_folder(), libc::MNT_DETACH).is_err() {
             // An ordinary user's mounts are the helper's to end; the check that follows reports a failure.
-            let _ = helper_unmount(&full, true);
+            let _ = helper_unmount(place.path(), true);
         }
     }
 }
@@ -565,15 +494,8 @@ pub fn take_away(path: &Path) -> io::Result<()> {
     }
 }
 
-/// A path without links in its folder; the last part is not looked at.
-fn lexical_path(path: &Path) -> Option<PathBuf> {
-    let name = path.file_name()?;
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    Some(fs::canonicalize(folder).ok()?.join(name))
-}
-
 fn is_mounted(path: &Path) -> bool {
-    lexical_path(path).is_some_and(|path| matches!(mountinfo_entry(&path), Ok(Some(_))))
+    Place::named(path).is_ok_and(|place| matches!(mountinfo_entry(place.path()), Ok(Some(_))))
 }
 
 /// A line of /proc/self/mountinfo.
