@@ -235,13 +235,18 @@ pub struct Mount {
 }
 
 /// How far an unmount got.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unmounted {
     /// It is gone from here.
     Gone,
     /// Somebody has the file open.
     Busy,
+    /// This is mounted on top of it, and somebody uses that.
+    Covered(String),
 }
+
+/// More than anybody mounts on top of another. While they are taken away somebody may go on mounting.
+const MOST_ABOVE: usize = 64;
 
 impl Mount {
     /// Where it is.
@@ -257,6 +262,9 @@ impl Mount {
 
     /// Unmounts if nobody uses the file. Not to be called by a thread that serves requests.
     pub fn try_unmount(&self) -> io::Result<Unmounted> {
+        if let Some(above) = self.uncover(false)? {
+            return Ok(Unmounted::Covered(above));
+        }
         if !self.is_there() {
             return Ok(Unmounted::Gone);
         }
@@ -278,7 +286,12 @@ impl Mount {
     /// Ends the connection where that is possible, and takes the file out of sight, used or not. Requests in flight and
     /// all later ones fail. Also where the mount is in other namespaces only.
     pub fn force_unmount(&self) -> io::Result<()> {
+        // Before the end of the connection, by which the mount would be known no longer.
+        let uncovered = self.uncover(true);
         let aborted = self.abort.as_ref().is_some_and(|abort| sys::write(abort, b"1").is_ok());
+        if let Some(above) = uncovered? {
+            return Err(io::Error::other(format!("{above} is mounted on top of it")));
+        }
         if !self.is_there() {
             return Ok(());
         }
@@ -291,7 +304,56 @@ impl Mount {
         if !aborted && sys::umount(&path, libc::MNT_FORCE).is_ok() {
             return Ok(());
         }
-        sys::umount(&path, libc::MNT_DETACH)
+        match sys::umount(&path, libc::MNT_DETACH) {
+            // It went by itself.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            unmounted => unmounted,
+        }
+    }
+
+    /// Unmounts what others have mounted on top: no system call reaches a mount below another. What is used stays, unless it
+    /// is `by_force`, and is named.
+    pub fn uncover(&self, by_force: bool) -> io::Result<Option<String>> {
+        let place = &self.mountpoint.place;
+        for _ in 0..MOST_ABOVE {
+            let Some(top) = self.above().pop() else { return Ok(None) };
+            let name = format!("{} ({})", top.source, top.fs_type);
+            let flags = if by_force { libc::MNT_DETACH } else { 0 };
+            let unmounted = match sys::umount(&place.path_by_folder(), flags) {
+                Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
+                    helper_unmount(&place.path_now(), by_force).map_err(|_| e)
+                }
+                unmounted => unmounted,
+            };
+            match unmounted {
+                Ok(()) => log::warn!(
+                    "{}: {name} was mounted on top of it, and is unmounted too",
+                    self.path().display()
+                ),
+                // It went by itself.
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Ok(Some(name)),
+                Err(e) => {
+                    let why =
+                        format!("{name} is mounted on top of it and cannot be unmounted: {e}");
+                    return Err(io::Error::other(why));
+                }
+            }
+        }
+        Err(io::Error::other("others go on mounting on top of it"))
+    }
+
+    /// What is mounted on top of this mount, the topmost last.
+    fn above(&self) -> Vec<Entry> {
+        let place = &self.mountpoint.place;
+        let (Some(then), Ok(now)) = (&self.seen, place.seen()) else { return Vec::new() };
+        // The device's number is ours as long as the connection lives; then another file system may get it.
+        let lives = self.device.as_ref().is_some_and(|device| !sys::connection_ended(device));
+        if !lives || now.mount == then.mount {
+            return Vec::new();
+        }
+        let mountinfo = fs::read(MOUNTINFO).unwrap_or_default();
+        entries_above(&entries_at(&mountinfo, &place.path_now()), then.device)
     }
 
     /// Lets the kernel read so many bytes ahead of those that read in order through the page cache. Root's to do.
@@ -313,6 +375,7 @@ impl Mount {
                 let same = (now.device, now.mount) == (then.device, then.mount);
                 // Without unique numbers it may be a later mount that was given the same ones (before Linux 6.8).
                 same && (then.is_unique || self.is_dead_or_served_here())
+                    || !self.above().is_empty()
             }
         }
     }
@@ -499,39 +562,63 @@ fn is_mounted(path: &Path) -> bool {
 }
 
 /// A line of /proc/self/mountinfo.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Entry {
     id: u64,
+    /// What it is mounted on.
+    parent: u64,
+    /// Of the file system.
+    device: u64,
     fs_type: String,
     source: String,
 }
 
+const MOUNTINFO: &str = "/proc/self/mountinfo";
+
 /// What is mounted on `path`, the topmost if several are.
 fn mountinfo_entry(path: &Path) -> io::Result<Option<Entry>> {
-    const MOUNTINFO: &str = "/proc/self/mountinfo";
     let text = fs::read(MOUNTINFO);
     let text = text.map_err(|e| io::Error::new(e.kind(), format!("{MOUNTINFO}: {e}")))?;
-    Ok(find_entry(&text, path))
+    Ok(entries_at(&text, path).pop())
 }
 
-fn find_entry(mountinfo: &[u8], path: &Path) -> Option<Entry> {
+/// All that is mounted on `path`, in the order of mountinfo: what is mounted on top of another comes after it.
+fn entries_at(mountinfo: &[u8], path: &Path) -> Vec<Entry> {
     use std::os::unix::ffi::OsStrExt;
     let wanted = path.as_os_str().as_bytes();
-    mountinfo.split(|&b| b == b'\n').rev().find_map(|line| {
+    let parse = |line: &[u8]| {
         let fields: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
         if unescape(fields.get(4)?) != wanted {
             return None;
         }
         let separator = fields.iter().position(|f| *f == b"-")?;
-        let text = |i: usize| {
-            fields.get(separator + i).map(|f| String::from_utf8_lossy(&unescape(f)).into_owned())
-        };
+        let text = |i: usize| Some(String::from_utf8_lossy(&unescape(fields.get(i)?)).into_owned());
+        let device = text(2)?;
+        let (major, minor) = device.split_once(':')?;
         Some(Entry {
-            id: std::str::from_utf8(fields.first()?).ok()?.parse().ok()?,
-            fs_type: text(1)?,
-            source: text(2)?,
+            id: text(0)?.parse().ok()?,
+            parent: text(1)?.parse().ok()?,
+            device: rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?),
+            fs_type: text(separator + 1)?,
+            source: text(separator + 2)?,
         })
-    })
+    };
+    mountinfo.split(|&b| b == b'\n').filter_map(parse).collect()
+}
+
+/// Those of the mounts in one place that are on top of the one of this file system, the topmost last.
+fn entries_above(entries: &[Entry], device: u64) -> Vec<Entry> {
+    let Some(mut below) = entries.iter().find(|entry| entry.device == device) else {
+        return Vec::new();
+    };
+    let mut above = Vec::new();
+    while let Some(next) = entries.iter().find(|entry| entry.parent == below.id)
+        && above.len() < entries.len()
+    {
+        above.push(next.clone());
+        below = next;
+    }
+    above
 }
 
 /// Undoes mountinfo's `\040` and the like.
@@ -562,23 +649,37 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    const MOUNTINFO: &[u8] = b"\
+    const MOUNTS: &[u8] = b"\
 22 1 254:0 / / rw,relatime - ext4 /dev/root rw
 40 22 0:50 / /tmp/a\\040b rw,nosuid,nodev - fuse.diskfuse /img\\040x rw,user_id=0
 41 22 0:51 / /tmp/c rw shared:1 master:2 - tmpfs tmpfs rw
-42 22 0:52 / /tmp/c rw - fuse.diskfuse top rw
+42 41 0:52 / /tmp/c rw - fuse.diskfuse top rw
+43 22 0:53 / /tmp/d rw - tmpfs other rw
+44 42 254:1 / /tmp/c rw - ext4 /dev/loop0 rw
 ";
 
     #[test]
     fn finds_a_mount_by_its_path_with_spaces() {
-        let entry = find_entry(MOUNTINFO, Path::new("/tmp/a b")).unwrap();
-        assert_eq!(entry, Entry { id: 40, fs_type: FS_TYPE.into(), source: "/img x".into() });
+        let found = entries_at(MOUNTS, Path::new("/tmp/a b"));
+        let (fs_type, source) = (FS_TYPE.to_owned(), "/img x".to_owned());
+        let device = rustix::fs::makedev(0, 50);
+        assert_eq!(found, [Entry { id: 40, parent: 22, device, fs_type, source }]);
     }
 
     #[test]
     fn the_topmost_mount_counts() {
-        assert_eq!(find_entry(MOUNTINFO, Path::new("/tmp/c")).unwrap().id, 42);
-        assert_eq!(find_entry(MOUNTINFO, Path::new("/tmp")), None);
+        assert_eq!(entries_at(MOUNTS, Path::new("/tmp/c")).pop().unwrap().id, 44);
+        assert_eq!(entries_at(MOUNTS, Path::new("/tmp")), []);
+    }
+
+    #[test]
+    fn what_is_above_a_mount_is_found_by_its_device() {
+        let here = entries_at(MOUNTS, Path::new("/tmp/c"));
+        let above = |minor| {
+            let found = entries_above(&here, rustix::fs::makedev(0, minor));
+            found.iter().map(|entry| entry.id).collect::<Vec<_>>()
+        };
+        assert_eq!((above(51), above(52), above(53)), (vec![42, 44], vec![44], vec![]));
     }
 
     #[test]

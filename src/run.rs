@@ -663,6 +663,7 @@ impl Control {
                 // Unmounts, if the end came otherwise: an abort leaves the mount in its place.
                 mount = None;
                 if self.command.is_none() {
+                    failed |= self.stop.as_ref().is_some_and(|stop| stop.has_failed);
                     return Ended { failed, abandoned: false, status };
                 }
             }
@@ -692,6 +693,7 @@ impl Control {
                     let path = mounted.path().display();
                     log::warn!("{path}: requests in flight are abandoned");
                     drop(mount);
+                    failed |= self.stop.as_ref().is_some_and(|stop| stop.has_failed);
                     return Ended { failed, abandoned: true, status };
                 }
             }
@@ -790,6 +792,8 @@ struct Stop {
     is_forced: bool,
     /// Asked for again: not even requests in flight are waited for.
     is_hurried: bool,
+    /// It is still mounted, dead.
+    has_failed: bool,
     reported: bool,
     write_back: WriteBack,
     closed: Arc<AtomicBool>,
@@ -843,6 +847,7 @@ impl Stop {
             force_at: now + GRACE,
             is_forced: false,
             is_hurried: false,
+            has_failed: false,
             reported: false,
             write_back: WriteBack::NotBegun,
             closed: closed.clone(),
@@ -863,6 +868,10 @@ impl Stop {
             return;
         }
         if Instant::now() >= self.force_at {
+            // What the page cache holds is written through the file itself.
+            if let Err(e) = mount.uncover(true) {
+                log::error!("{}: {e}", mount.path().display());
+            }
             if cache == Cache::Writeback && is_open && !self.write_back.go_on(mount) {
                 return;
             }
@@ -875,10 +884,14 @@ impl Stop {
             Ok(Unmounted::Gone) if !is_open => self.force(mount),
             // It may be on its way.
             Ok(Unmounted::Gone) if self.began.elapsed() < 3 * RETRY => {}
-            Ok(Unmounted::Gone | Unmounted::Busy) => {
+            Ok(unmounted @ (Unmounted::Gone | Unmounted::Busy | Unmounted::Covered(_))) => {
                 if !std::mem::replace(&mut self.reported, true) {
+                    let by = match unmounted {
+                        Unmounted::Covered(above) => format!(", {above} is mounted on top of it"),
+                        Unmounted::Gone | Unmounted::Busy => String::new(),
+                    };
                     log::warn!(
-                        "{} is still in use: waiting {} s for it to be closed (a second signal ends it at once)",
+                        "{} is still in use{by}: waiting {} s for it to be closed (a second signal ends it at once)",
                         mount.path().display(),
                         GRACE.as_secs()
                     );
@@ -897,6 +910,7 @@ impl Stop {
             return;
         }
         if let Err(e) = mount.force_unmount() {
+            self.has_failed = true;
             log::error!("{}: cannot be unmounted: {e}", mount.path().display());
         }
         // Where the connection cannot be aborted it goes on until the last close; its requests do not.

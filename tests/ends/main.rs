@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         places::next_disk_may_have_the_same_pidfile ["root"] if is_a_file,
         places::folder_that_was_moved_is_found ["root"] if is_a_file,
         places::copy_in_another_namespace_keeps_nothing_alive ["root", "unshare"] if is_a_file,
+        places::what_is_mounted_on_top_goes_first ["root"] if is_a_file,
         places::owner_takes_his_file_away if is_a_file,
         places::first_read_that_never_comes_ends_with_a_signal ["nbdkit"] if is_a_file,
         places::device_that_is_in_use_is_not_exported_writable ["loop", "mkfs.ext4"] if |k| k.name == "loop",

@@ -161,6 +161,50 @@ pub fn copy_in_another_namespace_keeps_nothing_alive(case: &Case) {
     export.ended_within(AT_ONCE).assert(0, &[]);
 }
 
+/// Nothing reaches a mount below another: it would stay there, dead.
+pub fn what_is_mounted_on_top_goes_first(case: &Case) {
+    let one = image(case, "one", 1);
+    let other = case.sandbox.join("other");
+    fs::write(&other, "other").unwrap();
+    let place = case.sandbox.join("disk");
+    let cover = || succeed(program("mount", ["--bind"]).args([&other, &place]));
+    // It is served below, and is there again.
+    let mut export = start(case, &one, &[]);
+    let file = File::open(&place).unwrap();
+    cover();
+    cover();
+    assert_eq!(fs::read(&place).unwrap(), b"other");
+    drop(file);
+    assert!(!within(Duration::from_millis(500), || export.has_exited()), "{}", export.log());
+    for _ in 0..2 {
+        unmount(&place, UnmountFlags::empty()).unwrap();
+    }
+    assert!(fs::read(&place).unwrap() == noise(1, SIZE));
+    // Nobody uses it.
+    cover();
+    cover();
+    export.kill(libc::SIGTERM);
+    let ended = export.ended_within(AT_ONCE);
+    ended.assert(0, &["mounted on top", "unmounted too"]);
+    assert_eq!(mounts::mounts_at(&place), []);
+    // Somebody does, and what the page cache holds of another is written.
+    let mut export = start(case, &one, &["--cache=writeback"]);
+    let file = File::options().write(true).open(&place).unwrap();
+    file.write_all_at(&[7; 4096], 8192).unwrap();
+    cover();
+    let above = File::open(&place).unwrap();
+    export.kill(libc::SIGTERM);
+    eventually("a report", || export.log().contains("is mounted on top of it"));
+    let ended = export.ended_within(2 * AT_ONCE);
+    ended.assert(0, &["still in use", "unmounted too", "taken away"]);
+    assert_eq!(mounts::mounts_at(&place), []);
+    assert_eq!(fs::read(&one).unwrap()[8192..][..4096], [7; 4096]);
+    let mut bytes = [0; 5];
+    above.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(&bytes, b"other");
+    assert_eq!(fs::read(&other).unwrap(), b"other");
+}
+
 /// An ordinary user too, where fusectl is mounted.
 pub fn owner_takes_his_file_away(case: &Case) {
     let one = image(case, "one", 1);
