@@ -100,7 +100,12 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
     };
     match source.clone() {
         Source::Nbd(uri) => {
-            let (to, options) = (uri.clone(), config.remote.clone());
+            let (mut to, options) = (uri.clone(), config.remote.clone());
+            if config.daemonize {
+                // It goes on connecting when it has left its folder. (Certificates are read once, before that.)
+                let anywhere = to.from_anywhere();
+                to = anywhere.map_err(|e| Failure::Source(format!("{uri}: its socket: {e}")))?;
+            }
             let connect = move || NbdBackend::connect(&to, &options);
             let backend = control.unless_signalled("connect", connect).map_err(stopped)?;
             serve(config, backend.map_err(|e| remote_failure(&uri, &e))?, control, background)

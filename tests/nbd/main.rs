@@ -148,6 +148,7 @@ fn main() -> ExitCode {
         hosts::three_hosts_in_a_row ["netns", "ip", "nsenter", "qemu-nbd", "nbdkit", "fio"],
         scripts::daemon_serves_until_it_is_told_to_end ["nbdkit"],
         scripts::daemon_that_cannot_start_says_so ["nbdkit"],
+        scripts::daemon_finds_a_socket_by_a_relative_path_again ["nbdkit"],
         scripts::pidfile_in_use_is_refused ["nbdkit"],
         scripts::command_has_the_file_and_gives_the_status ["nbdkit"],
         scripts::signals_are_passed_to_the_command ["nbdkit"],

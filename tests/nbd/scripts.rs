@@ -72,6 +72,24 @@ pub fn daemon_serves_until_it_is_told_to_end(bench: &Bench) {
     assert!(fs::read(&disk).unwrap() == bytes);
 }
 
+/// It has left its folder by then.
+pub fn daemon_finds_a_socket_by_a_relative_path_again(bench: &Bench) {
+    let disk = bench.disk(&noise(4, SIZE));
+    let words = ["file", disk.to_str().unwrap()];
+    let (mut server, _) = bench.nbdkit(&words);
+    let daemon = Daemon(bench);
+    let start = "$diskfuse --daemonize --pidfile pid --reconnect-timeout 5 $uri disk";
+    succeed(&mut script(bench, "nbd+unix:///?socket=nbd.socket", start));
+    let process = daemon.pid().unwrap();
+    server.kill();
+    // It does not take its place itself.
+    let _ = fs::remove_file(bench.sandbox.join("nbd.socket"));
+    let (_server, _) = bench.nbdkit(&words);
+    succeed(&mut script(bench, "", "cmp disk disk.img; kill $(cat pid)"));
+    eventually("the end of the daemon", || !is_alive(process));
+    assert_eq!(bench.sandbox.names(), ["disk.img", "nbd.socket"]);
+}
+
 pub fn daemon_that_cannot_start_says_so(bench: &Bench) {
     let (server, uri) = bench.nbdkit(&["memory", "0"]);
     let _daemon = Daemon(bench);

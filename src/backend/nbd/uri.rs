@@ -1,12 +1,16 @@
 //! NBD URIs: `doc/uri.md` of NetworkBlockDevice/nbd, with libnbd's additions for TLS and vsock.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::io;
+use std::os::fd::IntoRawFd;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use percent_encoding::{
     AsciiSet, CONTROLS, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode,
 };
+
+use rustix::fs::{Mode, OFlags};
 
 use super::error::Error;
 
@@ -235,6 +239,41 @@ fn split_port(authority: &str) -> Result<(&str, Option<u32>), Error> {
     }
 }
 
+impl Uri {
+    /// The path of its Unix socket.
+    pub fn socket(&self) -> Option<&PathBuf> {
+        match &self.address {
+            Address::Unix(path) => Some(path),
+            Address::Tcp { .. } | Address::Vsock { .. } => None,
+        }
+    }
+
+    /// The same server, if the working folder changes: a relative path of a socket is made absolute.
+    pub fn from_anywhere(&self) -> io::Result<Uri> {
+        let address = match &self.address {
+            Address::Unix(path) => Address::Unix(socket_from_anywhere(path)?),
+            address => address.clone(),
+        };
+        Ok(Uri { address, ..self.clone() })
+    }
+}
+
+fn socket_from_anywhere(path: &Path) -> io::Result<PathBuf> {
+    // sun_path of unix(7), with the zero byte at its end.
+    const LONGEST: usize = 108;
+    let absolute = std::path::absolute(path)?;
+    if absolute.as_os_str().len() < LONGEST {
+        return Ok(absolute);
+    }
+    let (Some(folder), Some(name)) = (absolute.parent(), absolute.file_name()) else {
+        return Ok(absolute);
+    };
+    // One that is never closed, for the life of the process.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = rustix::fs::open(folder, flags, Mode::empty())?.into_raw_fd();
+    Ok(Path::new(&format!("/proc/self/fd/{folder}")).join(name))
+}
+
 impl fmt::Display for Uri {
     /// The canonical form: no default port, no empty query.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -354,6 +393,22 @@ mod tests {
             let error = text.parse::<Uri>().expect_err(text).to_string();
             assert!(error.contains(part), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn relative_sockets_are_found_from_anywhere() {
+        let here = std::env::current_dir().unwrap();
+        let socket = |text: &str| parse(text).from_anywhere().unwrap().socket().cloned();
+        assert_eq!(socket("nbd+unix:///?socket=s"), Some(here.join("s")));
+        assert_eq!(socket("nbd+unix:///?socket=/run/s"), Some("/run/s".into()));
+        assert_eq!(socket("nbd://host/"), None);
+        let folder = tempfile::tempdir().unwrap();
+        let deep = folder.path().join("d".repeat(100));
+        std::fs::create_dir(&deep).unwrap();
+        std::fs::write(deep.join("s"), "found").unwrap();
+        let short = socket_from_anywhere(&deep.join("s")).unwrap();
+        assert!(short.as_os_str().len() < 100, "{short:?}");
+        assert_eq!(std::fs::read(short).unwrap(), b"found");
     }
 
     #[test]
