@@ -1,6 +1,6 @@
 //! The command line: words become one validated [`Config`].
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use argh::{EarlyExit, FromArgs};
@@ -220,6 +220,20 @@ pub struct Config {
     pub run: Option<String>,
     /// How to reach a remote source.
     pub remote: nbd::Options,
+}
+
+impl Config {
+    /// All paths that the user has named.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        let (source, certificates) = match &self.source {
+            Source::Path(path) => (Some(path), None),
+            Source::Nbd(uri) => (uri.socket(), uri.tls_certificates.as_ref()),
+            Source::Memory(_) => (None, None),
+        };
+        let others = [&self.mountpoint, &self.pidfile, &self.remote.tls_certificates];
+        let others = others.into_iter().filter_map(Option::as_ref);
+        others.chain(source).chain(certificates).map(PathBuf::as_path)
+    }
 }
 
 /// What is to be done.

@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::ExitCode;
 
 use rustix::fs::OFlags;
+use rustix::process::Signal;
 
 use crate::place::Place;
 use crate::{locks, logging, sys};
@@ -27,10 +29,22 @@ pub enum Process {
 }
 
 /// Splits the process in two. The first waits until the second is ready, or carries its exit status if it
-/// ends before that. Call it while there is one thread only.
-pub fn split() -> io::Result<Process> {
+/// ends before that; if the first is ended by a signal meanwhile, the second is too.
+///
+/// The second keeps no descriptors that the program was started with, whose other ends somebody may wait for, or which hold a
+/// lock; but for the standard streams, until it is ready, and those that `paths` name. Call it while there is one thread
+/// only, and nothing is open.
+pub fn split<'a>(paths: impl IntoIterator<Item = &'a Path>) -> io::Result<Process> {
     let (mut ready, writer) = std::io::pipe()?;
+    let foreground = rustix::process::getpid();
     let Some(child) = sys::fork()? else {
+        rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
+        if rustix::process::getppid() != Some(foreground) {
+            return Err(io::Error::other("the foreground process has ended"));
+        }
+        let named = paths.into_iter().filter_map(descriptor_in);
+        let kept: Vec<_> = named.chain([ready.as_raw_fd(), writer.as_raw_fd()]).collect();
+        sys::close_inherited(&kept)?;
         return Ok(Process::Background(Background {
             ready: File::from(std::os::fd::OwnedFd::from(writer)),
         }));
@@ -43,6 +57,13 @@ pub fn split() -> io::Result<Process> {
     }))
 }
 
+/// The descriptor that a path such as /dev/fd/9 names, or leads through.
+fn descriptor_in(path: &Path) -> Option<RawFd> {
+    let folders = ["/dev/fd", "/proc/self/fd", "/proc/thread-self/fd"];
+    let rest = folders.into_iter().find_map(|folder| path.strip_prefix(folder).ok())?;
+    rest.components().next()?.as_os_str().to_str()?.parse().ok()
+}
+
 impl Background {
     /// Leaves the terminal and lets the foreground process end. From here on messages go to syslog.
     pub fn ready(mut self) -> io::Result<()> {
@@ -51,6 +72,8 @@ impl Background {
         std::env::set_current_dir("/")?;
         sys::standard_streams_to_null()?;
         logging::to_syslog();
+        // The end of the foreground process is what is wanted from here on.
+        rustix::process::set_parent_process_death_signal(None)?;
         self.ready.write_all(&[1])
     }
 }
@@ -163,6 +186,17 @@ impl Drop for Pidfile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_may_name_a_descriptor() {
+        let named = |path: &str| descriptor_in(Path::new(path));
+        assert_eq!(named("/dev/fd/9"), Some(9));
+        assert_eq!(named("//dev//fd/10/disk.img"), Some(10));
+        assert_eq!(named("/proc/self/fd/3"), Some(3));
+        for other in ["/dev/fd", "/dev/fd/x", "/proc/1/fd/3", "dev/fd/3", "9"] {
+            assert_eq!(named(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn a_pidfile_is_locked_written_and_removed() {

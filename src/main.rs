@@ -48,7 +48,7 @@ fn serve(config: &Config) -> ExitCode {
     if let Some(why) = pidfile_is_taken(config) {
         return fail(&why, 1);
     }
-    let background = match config.daemonize.then(daemon::split).transpose() {
+    let background = match config.daemonize.then(|| daemon::split(config.paths())).transpose() {
         Ok(None) => None,
         Ok(Some(Process::Background(background))) => Some(background),
         Ok(Some(Process::Foreground(status))) => return status,

@@ -581,6 +581,21 @@ pub fn fork() -> io::Result<Option<libc::pid_t>> {
     Ok((pid > 0).then_some(pid))
 }
 
+/// Closes all descriptors that were inherited, but for the standard streams and those `kept`.
+///
+/// Only as long as nothing in this process owns another one.
+pub fn close_inherited(kept: &[RawFd]) -> io::Result<()> {
+    let number =
+        |entry: io::Result<std::fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse().ok();
+    // The list's own is closed by its end.
+    let open: Vec<RawFd> = std::fs::read_dir("/proc/self/fd")?.filter_map(number).collect();
+    for fd in open.into_iter().filter(|fd| *fd > libc::STDERR_FILENO && !kept.contains(fd)) {
+        // SAFETY: no pointers; nobody here owns it, which is the caller's promise.
+        unsafe { libc::close(fd) };
+    }
+    Ok(())
+}
+
 /// Waits for a child to end, and gives its exit status as a shell has it: 128 and the signal that killed it.
 pub fn wait_for(child: libc::pid_t) -> io::Result<u8> {
     let mut status = 0;

@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod daemon;
 mod processes;
 mod signals;
 
@@ -333,7 +334,8 @@ fn main() -> ExitCode {
         trial("other_names_need_a_link".into(), vec!["fuse"], other_names_need_a_link),
         trial("nothing_is_said_without_need".into(), vec!["fuse"], nothing_is_said_without_need),
     ];
-    let elsewhere = processes::trials().into_iter().chain(signals::trials());
+    let elsewhere =
+        processes::trials().into_iter().chain(signals::trials()).chain(daemon::trials());
     let trials: Vec<Trial> = refusals.chain(others).chain(elsewhere).collect();
     run_trials(trials)
 }
