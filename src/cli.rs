@@ -410,7 +410,7 @@ impl Words {
         }
         let mut mount = MountOptions::default();
         for list in std::mem::take(&mut self.options) {
-            for option in list.split(',').filter(|o| !o.is_empty()) {
+            for option in split_options(&list)?.iter().filter(|o| !o.is_empty()) {
                 self.mount_option(option, &mut mount)?;
             }
         }
@@ -562,6 +562,31 @@ impl Words {
         }
         Ok(())
     }
+}
+
+/// Parts a list of `-o` at its commas, as libfuse does: after a backslash three octal digits are a byte, and any other character
+/// is itself.
+fn split_options(list: &str) -> Result<Vec<String>, UsageError> {
+    let mut options = vec![Vec::new()];
+    let mut rest = list.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let (byte, len) = match (first, tail) {
+            (b',', _) => {
+                options.push(Vec::new());
+                rest = tail;
+                continue;
+            }
+            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..]) => {
+                (((a - b'0') << 6) | ((b - b'0') << 3) | (c - b'0'), 4)
+            }
+            (b'\\', [quoted, ..]) => (*quoted, 2),
+            (byte, _) => (*byte, 1),
+        };
+        options.last_mut().expect("there is one at least").push(byte);
+        rest = &rest[len..];
+    }
+    let options = options.into_iter().map(String::from_utf8).collect::<Result<_, _>>();
+    options.map_err(|_| usage(format!("-o {list}: a part of it is not UTF-8")))
 }
 
 fn parse_when(option: &str, value: Option<&str>, default: When) -> Result<When, UsageError> {
@@ -740,6 +765,19 @@ mod tests {
         for word in ["remount", "bind", "sync", "context=x", "dev=1"] {
             assert!(error(&format!("a b -o {word}")).contains("-o "), "{word}");
         }
+    }
+
+    #[test]
+    fn a_backslash_quotes_in_mount_options() {
+        let split = |list: &str| split_options(list).unwrap();
+        assert_eq!(split("ro,,a=b"), ["ro", "", "a=b"]);
+        assert_eq!(split(r"pidfile=/a\,b\\,ro"), [r"pidfile=/a,b\", "ro"]);
+        assert_eq!(split(r"\054\040\,\8\"), [r", ,8\"]);
+        assert_eq!(split(r"a=\303\274,b=ü\ü"), ["a=ü", "b=üü"]);
+        assert!(split_options(r"a=\377").unwrap_err().to_string().contains("not UTF-8"));
+        let words = config(r"a b -o pidfile=/run/a\,b,ro");
+        assert_eq!((words.pidfile, words.read_only), (Some("/run/a,b".into()), true));
+        assert_eq!(config(r"a b -o run=printf\040a\\nb").run, Some(r"printf a\nb".into()));
     }
 
     #[test]
