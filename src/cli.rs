@@ -186,6 +186,8 @@ impl std::fmt::Display for Source {
 pub struct Config {
     /// Where the bytes are.
     pub source: Source,
+    /// The source in the user's words: they are the mount's source, by which mount(8) knows again what is in fstab.
+    pub words: String,
     /// The regular file that shows them; none, with `run`: one in a temporary folder.
     pub mountpoint: Option<PathBuf>,
     /// Never write to the source.
@@ -245,6 +247,8 @@ pub enum Command {
     Info {
         /// What is asked about.
         source: Source,
+        /// The same in the user's words.
+        words: String,
         /// As JSON.
         json: bool,
         /// How to reach it.
@@ -444,10 +448,10 @@ impl Words {
             (_, Some(_), Some(word)) => {
                 return Err(usage(format!("--list takes one URI, not also {word}")));
             }
-            (Some(source), ..) => {
-                let source = parse_source(source)?;
+            (Some(words), ..) => {
+                let (source, words) = (parse_source(words)?, words.clone());
                 check_certificates(&source, &remote)?;
-                return Ok(Command::Info { source, json, remote });
+                return Ok(Command::Info { source, words, json, remote });
             }
             (_, Some(uri), _) => {
                 let source = parse_source(uri)?;
@@ -472,7 +476,7 @@ impl Words {
                 return Err(usage(format!("one SOURCE and one MOUNTPOINT, not also {more}")));
             }
         };
-        let source = parse_source(source)?;
+        let (source, words) = (parse_source(source)?, source.clone());
         check_certificates(&source, &remote)?;
         let cache = parse_cache(self.cache.as_deref())?;
         let truncate = parse_truncate(self.truncate.as_deref())?;
@@ -490,6 +494,7 @@ impl Words {
         }
         Ok(Command::Serve(Config {
             source,
+            words,
             mountpoint,
             read_only: self.read_only || mount.read_only,
             io_uring: parse_when("--io-uring", self.io_uring.as_deref(), When::Auto)?,
@@ -740,6 +745,7 @@ mod tests {
     fn defaults() {
         let config = config("disk.img ./disk");
         assert_eq!(config.source, Source::Path("disk.img".into()));
+        assert_eq!(config.words, "disk.img");
         assert_eq!(config.mountpoint, Some(PathBuf::from("./disk")));
         assert!(!config.read_only && !config.growable && !config.direct);
         assert_eq!((config.io_uring, config.allow_other), (When::Auto, When::Off));
@@ -896,6 +902,7 @@ mod tests {
     fn nbd_uris_are_sources() {
         let config = config("nbds://storage/vm1 b --connect-timeout 3 --tls-certificates /pki");
         assert_eq!(config.source.to_string(), "nbds://storage/vm1");
+        assert_eq!(self::config("nbd://h:10809 b").words, "nbd://h:10809");
         assert_eq!(config.remote.connect_timeout, Duration::from_secs(3));
         assert!(error("nbd://storage/vm1?nonsense=1 b").contains("nonsense"));
         assert!(error("nbd://storage/vm1 b --connect-timeout 0").contains("from 1 to 604800"));

@@ -30,7 +30,9 @@ fn serve_or_tell() -> ExitCode {
     logging::start();
     match command {
         Ok(Command::Print(text)) => print(&text),
-        Ok(Command::Info { source, json, remote }) => answer(run::info(&source, json, &remote)),
+        Ok(Command::Info { source, words, json, remote }) => {
+            answer(run::info(&source, &words, json, &remote))
+        }
         Ok(Command::List { uri, json, remote }) => answer(run::list(&uri, json, &remote)),
         Ok(Command::Serve(config)) => serve(&config),
         Err(why) => fail(&why, USAGE),

@@ -81,7 +81,7 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
     let io_flusher = sys::become_io_flusher();
     let given_up = privileges::give_up(config.run.is_some());
     // So that all of them leave these signals to the control thread.
-    let mut control = Control::new(config.source.to_string(), matches!(io_flusher, Ok(true)))
+    let mut control = Control::new(config.words.clone(), matches!(io_flusher, Ok(true)))
         .map_err(|e| Failure::Serving(format!("signals: {e}")))?;
     // Nothing is logged before this: it might not be read.
     logging::write_from_a_thread().map_err(|e| Failure::Serving(format!("the log: {e}")))?;
@@ -91,14 +91,14 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
     if let Err(e) = given_up {
         log::warn!("privileges that are not needed could not be given up: {e}");
     }
-    let source = config.source.clone();
+    let source = &config.words;
     let stopped = |signal: sys::Signal| {
         Failure::Source(format!(
             "{source}: stopped by signal {} while it was opened",
             signal.number
         ))
     };
-    match source.clone() {
+    match config.source.clone() {
         Source::Nbd(uri) => {
             let (mut to, options) = (uri.clone(), config.remote.clone());
             if config.daemonize {
@@ -132,12 +132,17 @@ fn remote_failure(uri: &Uri, e: &nbd::Error) -> Failure {
 }
 
 /// What a source is, as text or JSON.
-pub fn info(source: &Source, json: bool, remote: &nbd::Options) -> Result<String, Failure> {
+pub fn info(
+    source: &Source,
+    words: &str,
+    json: bool,
+    remote: &nbd::Options,
+) -> Result<String, Failure> {
     let text = match source {
         Source::Nbd(uri) => {
             let export = nbd::info::info(uri, remote);
             let export = export.map_err(|e| remote_failure(uri, &e))?;
-            info::text(&RemoteInfo { source: uri.to_string(), kind: "nbd", export }, json)
+            info::text(&RemoteInfo { source: words.into(), kind: "nbd", export }, json)
         }
         Source::Path(path) => {
             let info = FileBackend::look_at(path).map_err(local_failure)?;
@@ -145,12 +150,12 @@ pub fn info(source: &Source, json: bool, remote: &nbd::Options) -> Result<String
         }
         Source::Memory(size) => {
             let backend = FileBackend::memory(*size, false).map_err(local_failure)?;
-            let info = LocalInfo::of(source.to_string(), &backend);
-            let info = info.map_err(|e| Failure::Source(format!("{source}: {e}")))?;
+            let info = LocalInfo::of(words.into(), &backend);
+            let info = info.map_err(|e| Failure::Source(format!("{words}: {e}")))?;
             info::text(&info, json)
         }
     };
-    text.map_err(|e| Failure::Source(format!("{source}: {e}")))
+    text.map_err(|e| Failure::Source(format!("{words}: {e}")))
 }
 
 /// What a server has, as text or JSON.
@@ -255,7 +260,7 @@ fn serve<B: Backend>(
         gid: config.gid.unwrap_or(gid),
     };
     let export = Export::new(backend, policy, control.closed.clone())
-        .map_err(|e| Failure::Source(format!("{}: {e}", config.source)))?;
+        .map_err(|e| Failure::Source(format!("{}: {e}", config.words)))?;
     let export = Arc::new(export);
     export.set_control(control.poller.clone());
     let stats = control.stats.clone();
@@ -333,7 +338,7 @@ fn serve<B: Backend>(
 
 fn log_place(config: &Config, path: &Path, writable: bool) {
     let read_only = if writable { "" } else { ", read-only" };
-    log::info!("{} is at {}{read_only}", config.source, path.display());
+    log::info!("{} is at {}{read_only}", config.words, path.display());
 }
 
 /// The page cache that is asked for: by default in front of remote disks. A local image's pages are in memory already,
@@ -348,7 +353,7 @@ fn cache(config: &Config) -> Cache {
 
 /// Whether all was well.
 fn verdict<B: Backend>(config: &Config, export: &Export<B>, ended: &Ended) -> Result<(), Failure> {
-    let source = &config.source;
+    let source = &config.words;
     if export.flush_failed() {
         return Err(Failure::Serving(format!(
             "{source}: a flush failed while it was served, so writes may be lost"
@@ -371,7 +376,7 @@ fn mount(
 ) -> Result<(Mount, OwnedFd, bool), Failure> {
     let mut mountpoint = Some(mountpoint);
     let mut attempt = |allow_other| {
-        let source = config.source.to_string();
+        let source = config.words.clone();
         let options = mount::Options { source, read_only, allow_other };
         for attempts_left in (0..MOUNT_ATTEMPTS).rev() {
             let prepared = mountpoint.take().map_or_else(|| Mountpoint::prepare(path), Ok)?;
@@ -530,7 +535,7 @@ impl Control {
             let _ = sender.send(flushing.last_flush(patience));
             let _ = poller.notify();
         };
-        let source = &config.source;
+        let source = &config.words;
         if let Err(e) = std::thread::Builder::new().name("flush".into()).spawn(work) {
             return Err(Failure::Serving(format!("{source}: not flushed: no thread: {e}")));
         }
@@ -598,7 +603,7 @@ impl Control {
             return Ok(());
         }
         self.run_errand(Errand::Read, mount)
-            .map_err(|e| Failure::Serving(format!("{} cannot be read: {e}", config.source)))?;
+            .map_err(|e| Failure::Serving(format!("{} cannot be read: {e}", config.words)))?;
         if let Some(pidfile) = pidfile {
             pidfile.write().map_err(|e| Failure::Serving(format!("pidfile: {e}")))?;
         }

@@ -328,7 +328,7 @@ fn main() -> ExitCode {
         trial("read_only_outweighs_rw".into(), vec!["fuse"], read_only_outweighs_rw),
         trial(
             "mount_and_fstab_know_it".into(),
-            vec!["root", "fuse", "mount.fuse3"],
+            vec!["root", "fuse", "mount.fuse3", "findmnt", "nbdkit"],
             mount_and_fstab_know_it,
         ),
         trial("other_names_need_a_link".into(), vec!["fuse"], other_names_need_a_link),
@@ -417,6 +417,16 @@ fn mount_and_fstab_know_it() {
         check
         mount -T fstab "$PWD/disk"
         check
+        # All of it, twice: what is there already is known again.
+        mount -T fstabs -a
+        for _ in 1 2 3; do mount -T fstabs -a; done
+        for disk in memory by-link remote; do
+            cmp -n 4096 "$disk" "/dev/zero"
+            [[ $(findmnt -n --mountpoint "$disk" | wc -l) == 1 ]]
+            umount "$disk"
+            for _ in {1..2000}; do [[ -e $disk.pid ]] || break; sleep 0.01; done
+            [[ ! -e $disk.pid ]]
+        done
     "#;
     let sandbox = Sandbox::new();
     fs::write(sandbox.join("image"), [7; 4096]).unwrap();
@@ -430,6 +440,23 @@ fn mount_and_fstab_know_it() {
         .replace("/srv/vm1", &format!("{folder}/disk"))
         .replace("daemonize", &format!("daemonize,pidfile={folder}/pid"));
     fs::write(sandbox.join("fstab"), line + "\n").unwrap();
+    let address = Address::unix(&sandbox);
+    let _server = Server::nbdkit(&address, ["memory", "1M"]);
+    fs::write(sandbox.join("zeroes"), [0; 4096]).unwrap();
+    std::os::unix::fs::symlink("zeroes", sandbox.join("link")).unwrap();
+    let line = |source: &str, disk: &str| {
+        fs::write(sandbox.join(disk), "").unwrap();
+        let pid = format!("{folder}/{disk}.pid");
+        format!("{source} {folder}/{disk} fuse.diskfuse daemonize,pidfile={pid} 0 0\n")
+    };
+    // In other words than the program's own.
+    let uri = address.uri("").replace("nbd+unix:///?", "nbd+unix://?");
+    let lines = [
+        line("mem:1M", "memory"),
+        line(&format!("{folder}/./link"), "by-link"),
+        line(&uri, "remote"),
+    ];
+    fs::write(sandbox.join("fstabs"), lines.concat()).unwrap();
     // The first process of a PID namespace takes all others with it.
     let unshare = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"];
     let mut command = program("unshare", unshare);
