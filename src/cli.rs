@@ -263,6 +263,13 @@ pub enum Command {
         /// How to reach it.
         remote: nbd::Options,
     },
+    /// Make what is mounted already read-only, or writable again.
+    Remount {
+        /// Where it is.
+        mountpoint: PathBuf,
+        /// Or writable.
+        read_only: bool,
+    },
     /// Print this and end well.
     Print(String),
 }
@@ -389,6 +396,10 @@ pub fn parse(words: &[String]) -> Result<Command, UsageError> {
 /// What `-o` says that no other option does.
 #[derive(Default)]
 struct MountOptions {
+    /// What is mounted already is to be read-only, or writable again.
+    remount: bool,
+    /// An option that the kernel shows of a mount, which mount(8) gives back to remount it.
+    of_kernel: Option<String>,
     /// The last of ro and rw. It cannot take back --read-only.
     read_only: bool,
     uid: Option<u32>,
@@ -464,6 +475,20 @@ impl Words {
             _ if json => return Err(usage("--json goes with --info and --list")),
             _ => {}
         }
+        let read_only = self.read_only || mount.read_only;
+        if mount.remount {
+            // mount(8) gives fstab's or the kernel's other options too, which hold already.
+            return match (&self.operands[..], &self.run) {
+                ([_, mountpoint], None) => {
+                    let mountpoint = parse_path("MOUNTPOINT", mountpoint)?;
+                    Ok(Command::Remount { mountpoint, read_only })
+                }
+                _ => Err(usage("-o remount goes with SOURCE and MOUNTPOINT only")),
+            };
+        }
+        if let Some(name) = mount.of_kernel {
+            return Err(usage(format!("-o {name}: no such option, but for a remount")));
+        }
         if self.daemonize && self.run.is_some() {
             return Err(usage("--daemonize and --run exclude each other"));
         }
@@ -496,7 +521,7 @@ impl Words {
             source,
             words,
             mountpoint,
-            read_only: self.read_only || mount.read_only,
+            read_only,
             io_uring: parse_when("--io-uring", self.io_uring.as_deref(), When::Auto)?,
             queue_depth: self.queue_depth.as_deref().map(parse_depth).transpose()?,
             growable: self.growable,
@@ -526,6 +551,7 @@ impl Words {
         match (name, value) {
             ("ro", None) => mount.read_only = true,
             ("rw", None) => mount.read_only = false,
+            ("remount", None) => mount.remount = true,
             ("allow_other", None) => self.allow_other = Some("on".into()),
             ("uid", Some(value)) => mount.uid = Some(number(value)?),
             ("gid", Some(value)) => mount.gid = Some(number(value)?),
@@ -550,6 +576,9 @@ impl Words {
             ("queue-depth", Some(value)) => self.queue_depth = Some(value.into()),
             ("allow-other", Some(value)) => self.allow_other = Some(value.into()),
             (name, None) if MOUNT_WORDS.contains(&name) => {}
+            ("user_id" | "group_id" | "rootmode" | "max_read" | "blksize", Some(_)) => {
+                mount.of_kernel.get_or_insert_with(|| name.into());
+            }
             // Who may unmount, and notes to others.
             ("user" | "comment", Some(_)) => {}
             (name, _) if name.starts_with("x-") || name.starts_with("X-") => {}
@@ -559,7 +588,7 @@ impl Words {
             (name, Some(_))
                 if SWITCHES.contains(&name)
                     || MOUNT_WORDS.contains(&name)
-                    || ["ro", "rw", "allow_other"].contains(&name) =>
+                    || ["ro", "rw", "remount", "allow_other"].contains(&name) =>
             {
                 return Err(usage(format!("-o {name} takes no value")));
             }
@@ -768,7 +797,7 @@ mod tests {
             assert_eq!(config(&format!("a b -o {word}")), plain, "{word}");
         }
         // They ask for what would not happen.
-        for word in ["remount", "bind", "sync", "context=x", "dev=1"] {
+        for word in ["bind", "sync", "context=x", "dev=1"] {
             assert!(error(&format!("a b -o {word}")).contains("-o "), "{word}");
         }
     }
@@ -784,6 +813,21 @@ mod tests {
         let words = config(r"a b -o pidfile=/run/a\,b,ro");
         assert_eq!((words.pidfile, words.read_only), (Some("/run/a,b".into()), true));
         assert_eq!(config(r"a b -o run=printf\040a\\nb").run, Some(r"printf a\nb".into()));
+    }
+
+    #[test]
+    fn a_remount_is_another_command() {
+        let remount = |line: &str| match words(line) {
+            Ok(Command::Remount { mountpoint, read_only }) => (mountpoint, read_only),
+            other => panic!("{line}: {other:?}"),
+        };
+        assert_eq!(remount("a b -o rw,remount,ro,daemonize,pidfile=/p"), ("b".into(), true));
+        assert_eq!(remount("a b -o ro,remount,rw"), ("b".into(), false));
+        assert_eq!(remount("a b -o user_id=0,group_id=0,remount"), ("b".into(), false));
+        assert!(error("a b -o user_id=0").contains("user_id: no such option"));
+        assert!(error("a -o remount").contains("MOUNTPOINT"));
+        assert!(error("a b -o remount --run true").contains("MOUNTPOINT only"));
+        assert!(error("a b -o remount=ro").contains("takes no value"));
     }
 
     #[test]

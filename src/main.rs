@@ -6,10 +6,12 @@ use std::process::ExitCode;
 
 use diskfuse::cli::{self, Command, Config, Source};
 use diskfuse::daemon::{self, Process};
-use diskfuse::{errands, logging, own_folder, run};
+use diskfuse::{errands, logging, mount, own_folder, run};
 
 /// Exit status for a command line that makes no sense.
 const USAGE: u8 = 2;
+/// For a mount that cannot be changed.
+const MOUNT: u8 = 4;
 
 fn main() -> ExitCode {
     if let Some(status) = errands::run_if_called().or_else(own_folder::run_if_called) {
@@ -34,6 +36,12 @@ fn serve_or_tell() -> ExitCode {
             answer(run::info(&source, &words, json, &remote))
         }
         Ok(Command::List { uri, json, remote }) => answer(run::list(&uri, json, &remote)),
+        Ok(Command::Remount { mountpoint, read_only }) => {
+            match mount::remount(&mountpoint, read_only) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(e) => fail(&e.to_string(), MOUNT),
+            }
+        }
         Ok(Command::Serve(config)) => serve(&config),
         Err(why) => fail(&why, USAGE),
     }

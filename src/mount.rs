@@ -527,6 +527,30 @@ fn helper_unmount(path: &Path, lazy: bool) -> Result<(), String> {
     Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
 }
 
+/// Makes what is mounted at `path` read-only, or writable again, in this place. The kernel alone does it: the process that
+/// serves goes on as it was.
+pub fn remount(path: &Path, read_only: bool) -> Result<(), MountError> {
+    let fail = |why: &str| MountError(format!("{}: cannot be remounted: {why}", path.display()));
+    let failed = |e: io::Error| fail(&e.to_string());
+    let place = fs::canonicalize(path).and_then(|path| Place::of(&path)).map_err(failed)?;
+    match mountinfo_entry(place.path()).map_err(failed)? {
+        Some(entry) if entry.fs_type != FS_TYPE => {
+            return Err(fail(&format!("{} is mounted there", entry.fs_type)));
+        }
+        Some(entry) if entry.is_read_only && !read_only => {
+            return Err(fail("it is exported read-only: unmount it, and export it without -r"));
+        }
+        Some(_) => {}
+        None => return Err(fail("nothing is mounted there")),
+    }
+    let file = place.file().map_err(failed)?;
+    sys::set_mount_read_only(&file, read_only).map_err(|e| match e.raw_os_error() {
+        Some(libc::EBUSY) => fail("it is open for writing: have it closed first (fuser -v)"),
+        Some(libc::EPERM) => fail("only root can: unmount it, and export it with or without -r"),
+        _ => failed(e),
+    })
+}
+
 /// Whether a file cannot be looked at because nobody serves it: ECONNABORTED while the kernel is still ending the
 /// connection of a process killed just now.
 fn is_dead(e: &io::Error) -> bool {
@@ -571,6 +595,8 @@ struct Entry {
     device: u64,
     fs_type: String,
     source: String,
+    /// The file system, not only the mount: as when it is exported read-only.
+    is_read_only: bool,
 }
 
 const MOUNTINFO: &str = "/proc/self/mountinfo";
@@ -601,6 +627,7 @@ fn entries_at(mountinfo: &[u8], path: &Path) -> Vec<Entry> {
             device: rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?),
             fs_type: text(separator + 1)?,
             source: text(separator + 2)?,
+            is_read_only: text(separator + 3)?.split(',').any(|option| option == "ro"),
         })
     };
     mountinfo.split(|&b| b == b'\n').filter_map(parse).collect()
@@ -663,7 +690,8 @@ mod tests {
         let found = entries_at(MOUNTS, Path::new("/tmp/a b"));
         let (fs_type, source) = (FS_TYPE.to_owned(), "/img x".to_owned());
         let device = rustix::fs::makedev(0, 50);
-        assert_eq!(found, [Entry { id: 40, parent: 22, device, fs_type, source }]);
+        let is_read_only = false;
+        assert_eq!(found, [Entry { id: 40, parent: 22, device, fs_type, source, is_read_only }]);
     }
 
     #[test]

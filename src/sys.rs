@@ -301,6 +301,22 @@ pub fn mount(
     .map(drop)
 }
 
+/// Makes one mount read-only, or writable again: that of `file`, whose root it is (`mount_setattr(2)`, Linux 5.12).
+pub fn set_mount_read_only(file: &impl AsRawFd, read_only: bool) -> io::Result<()> {
+    let (mut set, mut clear) = (libc::MOUNT_ATTR_RDONLY, 0);
+    if !read_only {
+        std::mem::swap(&mut set, &mut clear);
+    }
+    let attr = libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
+    let (fd, flags) = (file.as_raw_fd(), libc::AT_EMPTY_PATH);
+    let size = size_of_val(&attr);
+    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor itself; the kernel reads `size` bytes of `attr`.
+    let result = unsafe {
+        libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), flags, &raw const attr, size)
+    };
+    check(result as libc::c_int).map(drop)
+}
+
 /// `truncate(2)`: sets the length of a file without opening it.
 pub fn truncate(path: &Path, size: u64) -> io::Result<()> {
     let path = c_path(path)?;

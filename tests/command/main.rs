@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, ExitCode, Stdio};
 
 use common::ability::Ability;
-use common::export::binary;
+use common::export::{Export, binary};
 use common::nbd::{Address, Server};
 use common::sandbox::Sandbox;
 use common::suite::{as_user, run_trials, trial};
@@ -113,6 +113,13 @@ const REFUSALS: &[Refusal] = &[
         words: &["-o", "uid=me", "mem:1M", "{}/disk"],
         says: &["uid", "me"],
         ..USAGE
+    },
+    Refusal {
+        name: "remount_of_nothing",
+        words: &["-o", "remount,ro", "mem:1M", "{}/file"],
+        says: &["file", "remounted", "nothing is mounted"],
+        prepare: |sandbox| fs::write(sandbox.join("file"), "").unwrap(),
+        ..MOUNT
     },
     Refusal { name: "bad_size", words: &["mem:lots", "{}/disk"], says: &["mem:SIZE"], ..USAGE },
     Refusal { name: "bad_scheme", words: &["ftp://x/y", "{}/disk"], says: &["ftp://"], ..USAGE },
@@ -331,6 +338,11 @@ fn main() -> ExitCode {
             vec!["root", "fuse", "mount.fuse3", "findmnt", "nbdkit"],
             mount_and_fstab_know_it,
         ),
+        trial(
+            "read_only_export_is_not_remounted_writable".into(),
+            vec!["root", "fuse"],
+            read_only_export_is_not_remounted_writable,
+        ),
         trial("other_names_need_a_link".into(), vec!["fuse"], other_names_need_a_link),
         trial("nothing_is_said_without_need".into(), vec!["fuse"], nothing_is_said_without_need),
     ];
@@ -416,6 +428,19 @@ fn mount_and_fstab_know_it() {
         mount -t fuse.diskfuse -o daemonize,noatime,pidfile="$PWD/pid" "$PWD/image" "$PWD/disk"
         check
         mount -T fstab "$PWD/disk"
+        for _ in 1 2; do
+            mount -o remount,ro "$PWD/disk"
+            ! { echo x 1<> disk; } 2> error
+            grep -q 'Read-only file system' error
+            cmp image disk
+            mount -T fstab -o remount,rw "$PWD/disk"
+            printf x 1<> disk
+        done
+        exec 9<> disk
+        ! mount -o remount,ro "$PWD/disk" 2> error
+        grep -q 'open for writing' error
+        exec 9>&-
+        rm error
         check
         # All of it, twice: what is there already is known again.
         mount -T fstabs -a
@@ -461,6 +486,22 @@ fn mount_and_fstab_know_it() {
     let unshare = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"];
     let mut command = program("unshare", unshare);
     succeed(command.args(["bash", "-ec", SCRIPT, "bash", binary()]).arg(sandbox.path()));
+}
+
+/// The kernel would let it be written, and the program would not.
+fn read_only_export_is_not_remounted_writable() {
+    let sandbox = Sandbox::new();
+    let mut export = Export::try_start("mem:1M", &sandbox.join("disk"), &["-r"], |_| ())
+        .unwrap_or_else(|ended| panic!("{}", ended.log));
+    let remount = |options: &str| {
+        let mut command = program(binary(), ["-o", options, "mem:1M"]);
+        let output = command.arg(export.file()).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    assert_eq!(remount("remount,ro"), (Some(0), String::new()));
+    let (status, said) = remount("remount,rw");
+    assert!(status == Some(4) && said.contains("exported read-only"), "{said}");
+    export.stop(libc::SIGTERM).assert(0, &[]);
 }
 
 fn lost_output_is_a_failure() {
