@@ -7,6 +7,7 @@ use argh::{EarlyExit, FromArgs};
 
 use crate::backend::nbd::{self, Uri};
 use crate::export::{Cache, Truncate};
+use crate::partitions::Wanted;
 
 /// Show a disk as a file.
 ///
@@ -37,6 +38,18 @@ struct Words {
     /// program as name[=value]; may be repeated
     #[argh(option, short = 'o', arg_name = "opt[,opt...]")]
     options: Vec<String>,
+
+    /// show this partition only, by its number in the disk's GPT or MBR
+    #[argh(option, arg_name = "n")]
+    partition: Option<String>,
+
+    /// show only what is behind so many bytes (K, M, G and T may follow)
+    #[argh(option, arg_name = "bytes")]
+    offset: Option<String>,
+
+    /// show only so many bytes, from --offset on
+    #[argh(option, arg_name = "bytes")]
+    size: Option<String>,
 
     /// FUSE over io_uring: auto, on or off (auto)
     #[argh(option, arg_name = "when")]
@@ -192,6 +205,8 @@ pub struct Config {
     pub mountpoint: Option<PathBuf>,
     /// Never write to the source.
     pub read_only: bool,
+    /// The part of the source that is shown; none: all of it.
+    pub part: Option<Wanted>,
     /// FUSE over io_uring.
     pub io_uring: When,
     /// Requests in flight for each serving thread; none: chosen from the number of CPUs.
@@ -291,7 +306,10 @@ fn usage(why: impl Into<String>) -> UsageError {
 }
 
 /// The options that take a value, for `name=value`.
-const WITH_VALUE: [&str; 15] = [
+const WITH_VALUE: [&str; 18] = [
+    "partition",
+    "offset",
+    "size",
     "io-uring",
     "queue-depth",
     "truncate",
@@ -429,6 +447,7 @@ impl Words {
                 self.mount_option(option, &mut mount)?;
             }
         }
+        let part = parse_part(&self)?;
         let defaults = nbd::Options::default();
         let remote = nbd::Options {
             tls_certificates: self.tls_certificates.map(PathBuf::from),
@@ -458,6 +477,11 @@ impl Words {
             }
             (_, Some(_), Some(word)) => {
                 return Err(usage(format!("--list takes one URI, not also {word}")));
+            }
+            (Some(_), ..) | (_, Some(_), _) if part.is_some() => {
+                return Err(usage(
+                    "--partition, --offset and --size go with a MOUNTPOINT; --info shows all of them",
+                ));
             }
             (Some(words), ..) => {
                 let (source, words) = (parse_source(words)?, words.clone());
@@ -503,6 +527,9 @@ impl Words {
         };
         let (source, words) = (parse_source(source)?, source.clone());
         check_certificates(&source, &remote)?;
+        if self.growable && part.is_some() {
+            return Err(usage("--growable is for whole disks: a part of one has a fixed size"));
+        }
         let cache = parse_cache(self.cache.as_deref())?;
         let truncate = parse_truncate(self.truncate.as_deref())?;
         match cache {
@@ -522,6 +549,7 @@ impl Words {
             words,
             mountpoint,
             read_only,
+            part,
             io_uring: parse_when("--io-uring", self.io_uring.as_deref(), When::Auto)?,
             queue_depth: self.queue_depth.as_deref().map(parse_depth).transpose()?,
             growable: self.growable,
@@ -559,6 +587,9 @@ impl Words {
             ("growable", None) => self.growable = true,
             ("direct", None) => self.direct = true,
             ("kernel-cache", None) => self.kernel_cache = true,
+            ("partition", Some(value)) => self.partition = Some(value.into()),
+            ("offset", Some(value)) => self.offset = Some(value.into()),
+            ("size", Some(value)) => self.size = Some(value.into()),
             ("cache", Some(value)) => self.cache = Some(value.into()),
             ("read-ahead", Some(value)) => self.read_ahead = Some(value.into()),
             ("connections", Some(value)) => self.connections = Some(value.into()),
@@ -630,6 +661,31 @@ fn parse_when(option: &str, value: Option<&str>, default: When) -> Result<When, 
         Some("on") => Ok(When::On),
         Some("off") => Ok(When::Off),
         Some(other) => Err(usage(format!("{option} is auto, on or off, not {other:?}"))),
+    }
+}
+
+fn parse_part(words: &Words) -> Result<Option<Wanted>, UsageError> {
+    let bytes = |option: &str, value: &Option<String>, least: u64| {
+        let Some(value) = value else { return Ok(None) };
+        parse_size(value).filter(|bytes| *bytes >= least).map(Some).ok_or_else(|| {
+            usage(format!(
+                "--{option} is a number of bytes from {least} on, or one with K, M, G or T, not {value:?}"
+            ))
+        })
+    };
+    let (offset, size) = (bytes("offset", &words.offset, 0)?, bytes("size", &words.size, 1)?);
+    match (words.partition.as_deref(), offset, size) {
+        (None, None, None) => Ok(None),
+        (None, offset, size) => Ok(Some(Wanted::Range { offset: offset.unwrap_or(0), size })),
+        (Some(number), None, None) => number
+            .parse()
+            .ok()
+            .filter(|n| *n > 0)
+            .map(|n| Some(Wanted::Partition(n)))
+            .ok_or_else(|| usage(format!("--partition is a number from 1 on, not {number:?}"))),
+        (Some(_), ..) => Err(usage(
+            "--partition has an offset and a size of its own: leave out --offset and --size",
+        )),
     }
 }
 
@@ -997,6 +1053,31 @@ mod tests {
         assert!(error("a b --connections 0").contains("from 1 to 256"));
         assert!(error("a b --cache none --kernel-cache").contains("--kernel-cache goes with"));
         assert!(error("a b --cache writeback --truncate zero").contains("does not go with"));
+    }
+
+    #[test]
+    fn parts_of_a_disk() {
+        assert_eq!(config("a b").part, None);
+        assert_eq!(config("a b --partition 5").part, Some(Wanted::Partition(5)));
+        assert_eq!(config("a b -o partition=2").part, Some(Wanted::Partition(2)));
+        let range = |offset, size| Some(Wanted::Range { offset, size });
+        assert_eq!(config("a b --offset=1M").part, range(1 << 20, None));
+        assert_eq!(config("a b -o offset=0").part, range(0, None));
+        assert_eq!(config("a b --size 4K").part, range(0, Some(4096)));
+        assert_eq!(config("a b -o offset=512,size=1T").part, range(512, Some(1 << 40)));
+        for line in ["a b --partition 1 --offset 0", "a b -o partition=1 --size 1M"] {
+            assert!(error(line).contains("leave out --offset and --size"), "{line}");
+        }
+        for number in ["0", "-1", "x", "1M", "4294967296"] {
+            assert!(error(&format!("a b --partition {number}")).contains("from 1 on"), "{number}");
+        }
+        assert!(error("a b --offset -1").contains("--offset is a number of bytes from 0 on"));
+        assert!(error("a b --size 0").contains("--size is a number of bytes from 1 on"));
+        assert!(error("a b --size 1M --growable").contains("fixed size"));
+        for line in ["--info a --partition 1", "--list nbd://host --offset 1"] {
+            assert!(error(line).contains("go with a MOUNTPOINT"), "{line}");
+        }
+        assert!(error("a b -o partition").contains("partition=..."));
     }
 
     #[test]

@@ -498,7 +498,7 @@ impl<B: Backend> Export<B> {
             0 | KEEP_SIZE if self.policy.growable => {
                 lane.allocate(offset, len, mode == KEEP_SIZE).await?;
             }
-            0 | KEEP_SIZE if self.capabilities.resizable && inside > 0 => {
+            0 | KEEP_SIZE if self.capabilities.allocates && inside > 0 => {
                 lane.allocate(offset, inside, true).await?;
             }
             // A device, or another host's disk, has its space, as far as anyone can tell.
@@ -745,6 +745,7 @@ mod tests {
             Capabilities {
                 read_only: false,
                 resizable: false,
+                allocates: false,
                 fixed_size: true,
                 preferred_io_bytes: 512,
                 waits_for: WaitsFor::Server,
@@ -753,6 +754,10 @@ mod tests {
 
         fn size(&self) -> u64 {
             512
+        }
+
+        fn read_at_start(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+            Ok(())
         }
 
         fn stat(&self) -> io::Result<Stat> {

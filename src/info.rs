@@ -6,6 +6,7 @@ use crate::backend::Backend;
 use crate::backend::file::FileBackend;
 use crate::backend::nbd::info::ExportInfo;
 use crate::logging::{is_unprintable, printable};
+use crate::partitions::{self, Table};
 
 /// What is known of a local source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -24,6 +25,9 @@ pub struct LocalInfo {
     pub resizable: bool,
     /// The I/O size it prefers, in bytes.
     pub preferred_block_size: u32,
+    /// If it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partition_table: Option<Table>,
 }
 
 impl LocalInfo {
@@ -31,6 +35,7 @@ impl LocalInfo {
     pub fn of(source: String, backend: &FileBackend) -> std::io::Result<LocalInfo> {
         let capabilities = backend.capabilities();
         Ok(LocalInfo {
+            partition_table: partition_table(&source, backend),
             source,
             kind: backend.kind(),
             size: backend.size(),
@@ -52,6 +57,17 @@ pub struct RemoteInfo {
     /// What the server tells.
     #[serde(flatten)]
     pub export: ExportInfo,
+    /// If it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partition_table: Option<Table>,
+}
+
+/// What a source has; one that is of no use is told of in the log.
+pub fn partition_table<B: Backend>(name: &str, source: &B) -> Option<Table> {
+    partitions::read(source).unwrap_or_else(|why| {
+        log::warn!("{name}: {why}");
+        None
+    })
 }
 
 /// What a server has.

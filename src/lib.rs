@@ -48,6 +48,7 @@ pub mod logging;
 pub mod mount;
 pub mod open_files;
 pub mod own_folder;
+pub mod partitions;
 pub mod place;
 pub mod pool;
 pub mod privileges;

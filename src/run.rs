@@ -18,7 +18,9 @@ use polling::{Event, Events, Poller};
 
 use crate::backend::Backend;
 use crate::backend::file::{self, FileBackend};
+use crate::backend::nbd::info::ExportInfo;
 use crate::backend::nbd::{self, NbdBackend, Uri};
+use crate::backend::part::Part;
 use crate::cli::{CacheWish, Config, Source, When};
 use crate::daemon::{Background, Pidfile};
 use crate::errands::{Errand, Running};
@@ -26,6 +28,7 @@ use crate::export::{Cache, Export, Policy};
 use crate::info::{self, Listing, LocalInfo, RemoteInfo};
 use crate::mount::{self, Mount, Mountpoint, Unmounted};
 use crate::own_folder::OwnFolder;
+use crate::partitions::{self, Table};
 use crate::session::{self, Session};
 use crate::signals::{Signals, Wish};
 use crate::stats::{Stats, Transport};
@@ -91,13 +94,7 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
     if let Err(e) = given_up {
         log::warn!("privileges that are not needed could not be given up: {e}");
     }
-    let source = &config.words;
-    let stopped = |signal: sys::Signal| {
-        Failure::Source(format!(
-            "{source}: stopped by signal {} while it was opened",
-            signal.number
-        ))
-    };
+    let stopped = |signal| stopped_while_opened(&config.words, signal);
     match config.source.clone() {
         Source::Nbd(uri) => {
             let (mut to, options) = (uri.clone(), config.remote.clone());
@@ -108,19 +105,24 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
             }
             let connect = move || NbdBackend::connect(&to, &options);
             let backend = control.unless_signalled("connect", connect).map_err(stopped)?;
-            serve(config, backend.map_err(|e| remote_failure(&uri, &e))?, control, background)
+            serve_part(config, backend.map_err(|e| remote_failure(&uri, &e))?, control, background)
         }
         Source::Path(path) => {
             let options = file::Options { read_only: config.read_only, direct: config.direct };
             let open = move || FileBackend::open(&path, options);
             let backend = control.unless_signalled("open", open).map_err(stopped)?;
-            serve(config, backend.map_err(local_failure)?, control, background)
+            serve_part(config, backend.map_err(local_failure)?, control, background)
         }
         Source::Memory(size) => {
             let backend = FileBackend::memory(size, config.read_only);
-            serve(config, backend.map_err(local_failure)?, control, background)
+            serve_part(config, backend.map_err(local_failure)?, control, background)
         }
     }
+}
+
+fn stopped_while_opened(source: &str, signal: sys::Signal) -> Failure {
+    let number = signal.number;
+    Failure::Source(format!("{source}: stopped by signal {number} while it was opened"))
 }
 
 fn local_failure(e: file::OpenError) -> Failure {
@@ -142,7 +144,9 @@ pub fn info(
         Source::Nbd(uri) => {
             let export = nbd::info::info(uri, remote);
             let export = export.map_err(|e| remote_failure(uri, &e))?;
-            info::text(&RemoteInfo { source: words.into(), kind: "nbd", export }, json)
+            let partition_table = remote_table(uri, words, &export, remote);
+            let source = words.into();
+            info::text(&RemoteInfo { source, kind: "nbd", export, partition_table }, json)
         }
         Source::Path(path) => {
             let info = FileBackend::look_at(path).map_err(local_failure)?;
@@ -156,6 +160,24 @@ pub fn info(
         }
     };
     text.map_err(|e| Failure::Source(format!("{words}: {e}")))
+}
+
+/// The partition table of an export, for which that has to be opened.
+fn remote_table(
+    uri: &Uri,
+    words: &str,
+    export: &ExportInfo,
+    remote: &nbd::Options,
+) -> Option<Table> {
+    if export.size == 0 {
+        return None;
+    }
+    let opened = NbdBackend::connect(uri, remote);
+    let opened = opened.inspect_err(|e| log::warn!("{words}: its partition table: {e}")).ok()?;
+    let table = info::partition_table(words, &*opened);
+    // Nothing was written, so that this only says goodbye.
+    let _ = opened.last_flush(Duration::ZERO);
+    table
 }
 
 /// What a server has, as text or JSON.
@@ -220,6 +242,28 @@ fn allow_open_files(config: &Config) -> Result<When, Failure> {
             "no FUSE over io_uring: {why} (a larger ulimit -n), or use --io-uring off"
         ))),
     }
+}
+
+/// Serves the part of the source that is wanted, or all of it. A part is another type: what serves whole disks has nothing
+/// to add and to compare.
+fn serve_part<B: Backend>(
+    config: &Config,
+    whole: Arc<B>,
+    mut control: Control,
+    background: Option<Background>,
+) -> Result<u8, Failure> {
+    let Some(wanted) = config.part else { return serve(config, whole, control, background) };
+    let source = &config.words;
+    let find = move || {
+        let range = partitions::find(&*whole, wanted)?;
+        Part::new(whole, range).map_err(|e| e.to_string())
+    };
+    let part = control
+        .unless_signalled("part", find)
+        .map_err(|signal| stopped_while_opened(source, signal))?
+        .map_err(|why| Failure::Source(format!("{source}: {why}")))?;
+    log::info!("{source}: {part} are shown");
+    serve(config, part, control, background)
 }
 
 fn serve<B: Backend>(

@@ -199,6 +199,7 @@ impl FileBackend {
             capabilities: Capabilities {
                 read_only,
                 resizable: !is_device && !read_only,
+                allocates: !is_device && !read_only,
                 fixed_size: false,
                 preferred_io_bytes: preferred,
                 waits_for: if direct.is_some() { WaitsFor::Disk } else { WaitsFor::Memory },
@@ -351,6 +352,15 @@ impl Backend for FileBackend {
 
     fn size(&self) -> u64 {
         self.length.get()
+    }
+
+    fn read_at_start(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        // By one that leaves the access time alone.
+        self.for_one_thread(&self.file, 0).read_exact_at(buf, offset)
+    }
+
+    fn sector_bytes(&self) -> Option<u32> {
+        self.is_device.then(|| sys::logical_block_size(&self.file).ok()).flatten()
     }
 
     fn stat(&self) -> io::Result<Stat> {

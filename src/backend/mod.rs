@@ -18,6 +18,7 @@ use crate::io::Io;
 pub mod file;
 pub mod length;
 pub mod nbd;
+pub mod part;
 pub mod range_lock;
 
 /// A lane may lend the pages of so much data, or more, to the kernel (see [`Lane::write`]), in bytes. Below, copying is cheaper.
@@ -28,8 +29,10 @@ pub const LENT_BYTES: usize = 128 << 10;
 pub struct Capabilities {
     /// Nothing may be written.
     pub read_only: bool,
-    /// [`Lane::resize`] and [`Lane::allocate`] work: a regular file or memory.
+    /// [`Lane::resize`] works, and a write past the end: a regular file or memory, as a whole.
     pub resizable: bool,
+    /// [`Lane::allocate`] works: a regular file or memory.
+    pub allocates: bool,
     /// The size stays what it is, whoever else uses the source.
     pub fixed_size: bool,
     /// The I/O size that the source prefers, in bytes; reported as `st_blksize`.
@@ -103,6 +106,14 @@ pub trait Backend: Send + Sync + 'static {
 
     /// The size in bytes, now.
     fn size(&self) -> u64;
+
+    /// Fills `buf` from `offset`, blocking: before the first lane is made. `UnexpectedEof` where the source ends first.
+    fn read_at_start(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// The size of a sector in bytes, where the source has such a thing: what partition tables count in.
+    fn sector_bytes(&self) -> Option<u32> {
+        None
+    }
 
     /// Time stamps and allocation, now; it may block, see [`Lane::stat`].
     fn stat(&self) -> io::Result<Stat>;

@@ -12,10 +12,10 @@ use crate::common::suite::Case;
 use crate::common::{is_root, noise, program, succeed};
 
 /// A mounted file system, unmounted when dropped.
-struct Mounted(Sandbox);
+pub struct Mounted(pub Sandbox);
 
 impl Mounted {
-    fn new(options: &str, device: &str) -> Mounted {
+    pub fn new(options: &str, device: &str) -> Mounted {
         let folder = Sandbox::new();
         succeed(program("mount", ["-o", options, device]).arg(folder.path()));
         Mounted(folder)
@@ -32,7 +32,7 @@ impl Drop for Mounted {
 }
 
 /// A few folders and files with odd lengths.
-fn make_tree(root: &Path) {
+pub fn make_tree(root: &Path) {
     for i in 0..40_usize {
         let folder = root.join(format!("folder {}", i % 5));
         fs::create_dir_all(&folder).unwrap();
@@ -41,7 +41,7 @@ fn make_tree(root: &Path) {
     std::os::unix::fs::symlink("folder 1", root.join("link")).unwrap();
 }
 
-fn assert_same_tree(a: &Path, b: &Path) {
+pub fn assert_same_tree(a: &Path, b: &Path) {
     succeed(program("diff", ["-r", "--no-dereference", "--exclude=lost+found"]).args([a, b]));
 }
 

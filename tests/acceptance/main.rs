@@ -11,11 +11,24 @@ mod holes;
 mod io;
 mod modes;
 mod mounting;
+mod parts;
 mod size;
 
 use std::process::ExitCode;
 
 use common::image::Kind;
+
+/// The kinds whose partitions are mounted: each way to the bytes once.
+const TABLES: [&str; 8] = [
+    "file",
+    "file-direct",
+    "tmpfs-writeback",
+    "loop",
+    "loop-direct",
+    "nbdkit-4k",
+    "nbdkit-writeback",
+    "qemu-nbd-tcp",
+];
 
 fn main() -> ExitCode {
     common::suite::run(promises![
@@ -83,6 +96,16 @@ fn main() -> ExitCode {
         cache::holes_are_data_while_somebody_writes if |k| k.writeback && k.shows_holes,
         clients::loop_device_carries_a_file_system ["loop", "mkfs.ext4", "e2fsck"],
         clients::qemu_img_agrees ["qemu-img"] if |k| k.visible,
+        // Parts of a disk
+        parts::gpt_partitions_keep_to_themselves ["loop", "mkfs.ext4", "e2fsck", "sfdisk"]
+            if |k| TABLES.contains(&k.name),
+        parts::mbr_partitions_keep_to_themselves ["loop", "mkfs.ext4", "e2fsck", "sfdisk"]
+            if |k| TABLES.contains(&k.name),
+        parts::range_keeps_to_itself,
+        parts::truncation_zeroes_no_neighbour if |k| k.visible && !k.writeback,
+        parts::part_that_is_not_there_is_refused ["sfdisk"] if |k| TABLES.contains(&k.name),
+        parts::info_shows_the_partitions ["sfdisk"]
+            if |k| TABLES.contains(&k.name) || k.name == "nbd-crate",
         // 17-19
         errors::error_fails_only_the_requests_that_touch_it ["blockdev"] if |k| k.name.starts_with("loop"),
         errors::device_with_a_bad_end_is_served_read_only ["blockdev"] if |k| k.name.starts_with("loop"),

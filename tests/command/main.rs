@@ -122,6 +122,30 @@ const REFUSALS: &[Refusal] = &[
         ..MOUNT
     },
     Refusal { name: "bad_size", words: &["mem:lots", "{}/disk"], says: &["mem:SIZE"], ..USAGE },
+    Refusal {
+        name: "partition_and_offset",
+        words: &["--partition=1", "-o", "offset=1M", "mem:4M", "{}/disk"],
+        says: &["--partition", "leave out --offset and --size"],
+        ..USAGE
+    },
+    Refusal {
+        name: "growable_part",
+        words: &["--growable", "--size=1M", "mem:4M", "{}/disk"],
+        says: &["--growable", "fixed size"],
+        ..USAGE
+    },
+    Refusal {
+        name: "no_partition_table",
+        words: &["--partition=1", "mem:1M", "{}/disk"],
+        says: &["mem:1048576", "no partition table", "--offset"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "part_past_the_end",
+        words: &["--offset=1M", "mem:1M", "{}/disk"],
+        says: &["--offset 1M", "has 1M"],
+        ..SOURCE
+    },
     Refusal { name: "bad_scheme", words: &["ftp://x/y", "{}/disk"], says: &["ftp://"], ..USAGE },
     Refusal {
         name: "pidfile_is_something_else",

@@ -79,6 +79,9 @@ mod tests;
 /// write; a server that is gone is found out sooner, by the socket.
 const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(120);
 
+/// How long a read may take before anybody is served: of a partition table.
+const READ_AT_START_LIMIT: Duration = Duration::from_secs(60);
+
 /// How to reach a server, and what to do when it is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -185,6 +188,7 @@ impl Backend for NbdBackend {
         Capabilities {
             read_only: self.export().has(transmission_flag::READ_ONLY),
             resizable: false,
+            allocates: false,
             fixed_size: true,
             preferred_io_bytes: self.export().block_sizes.preferred,
             waits_for: WaitsFor::Server,
@@ -193,6 +197,19 @@ impl Backend for NbdBackend {
 
     fn size(&self) -> u64 {
         self.export().size
+    }
+
+    fn read_at_start(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let Some(connection) = self.connections.all().pop() else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        if self.size().checked_sub(offset).is_none_or(|left| left < buf.len() as u64) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let blocks = Blocks::new(Commands::over(connection.clone()), self.lock.clone());
+        let deadline = Instant::now() + READ_AT_START_LIMIT;
+        connection.run_blocking(blocks.read(offset, buf), deadline)?;
+        connection.stop_blocking()
     }
 
     fn stat(&self) -> io::Result<Stat> {
