@@ -12,8 +12,9 @@ use crate::partitions::Wanted;
 /// Show a disk as a file.
 ///
 /// SOURCE is a remote disk (nbd://HOST[:PORT]/[EXPORT], nbd+unix:///[EXPORT]?socket=PATH, or nbds and nbds+unix
-/// for TLS), the path of a disk image or a block device, or mem:SIZE for a sparse disk in memory. MOUNTPOINT is a
-/// regular file; it is created if it is missing, and removed again at the end.
+/// for TLS), the path of a disk image or a block device, mem:SIZE for a sparse disk in memory, or [ COMMAND... ], an
+/// NBD server that is started for it. MOUNTPOINT is a regular file; it is created if it is missing, and removed again at
+/// the end.
 #[derive(FromArgs, Debug)]
 // The text is for --help.
 #[allow(rustdoc::broken_intra_doc_links)]
@@ -182,6 +183,8 @@ pub enum Source {
     Path(PathBuf),
     /// So many bytes of memory.
     Memory(u64),
+    /// An NBD server that is started for it: a program and its words.
+    Server(Vec<String>),
 }
 
 impl std::fmt::Display for Source {
@@ -190,6 +193,7 @@ impl std::fmt::Display for Source {
             Source::Nbd(uri) => write!(f, "{uri}"),
             Source::Path(path) => write!(f, "{}", path.display()),
             Source::Memory(size) => write!(f, "mem:{size}"),
+            Source::Server(command) => write!(f, "[ {} ]", command.join(" ")),
         }
     }
 }
@@ -240,16 +244,22 @@ pub struct Config {
 }
 
 impl Config {
-    /// All paths that the user has named.
+    /// All paths that the user has named; any word of a server's command may be one.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        let mut command: &[String] = &[];
         let (source, certificates) = match &self.source {
             Source::Path(path) => (Some(path), None),
             Source::Nbd(uri) => (uri.socket(), uri.tls_certificates.as_ref()),
             Source::Memory(_) => (None, None),
+            Source::Server(words) => {
+                command = words;
+                (None, None)
+            }
         };
         let others = [&self.mountpoint, &self.pidfile, &self.remote.tls_certificates];
         let others = others.into_iter().filter_map(Option::as_ref);
-        others.chain(source).chain(certificates).map(PathBuf::as_path)
+        let others = others.chain(source).chain(certificates).map(PathBuf::as_path);
+        others.chain(command.iter().map(Path::new))
     }
 }
 
@@ -378,6 +388,7 @@ const QUEUE_DEPTHS: std::ops::RangeInclusive<usize> = 1..=4096;
 
 /// Understands the words after the program's name.
 pub fn parse(words: &[String]) -> Result<Command, UsageError> {
+    let (words, server) = take_server(words)?;
     // argh has no `--name=value`, which shell users expect.
     let mut split = Vec::new();
     let mut rest = words.iter();
@@ -405,10 +416,51 @@ pub fn parse(words: &[String]) -> Result<Command, UsageError> {
     }
     let split: Vec<&str> = split.iter().map(String::as_str).collect();
     match Words::from_args(&["diskfuse"], &split) {
-        Ok(words) => words.into_command(),
+        Ok(words) => words.into_command(server),
         Err(EarlyExit { output, status: Ok(()) }) => Ok(Command::Print(output)),
         Err(EarlyExit { output, .. }) => Err(usage(output.trim().replace('\n', " "))),
     }
+}
+
+/// Stands for the server's command between the other words: where it is an operand, no other word can be it.
+const SERVER: &str = "[";
+
+/// The words without the server's command, and that: it may hold options of its own. It stands where a SOURCE may, and
+/// [`SERVER`] in its place.
+fn take_server(words: &[String]) -> Result<(Vec<String>, Option<Vec<String>>), UsageError> {
+    let mut others = Vec::new();
+    let mut server = None;
+    let mut options_end = false;
+    let mut rest = words;
+    while let Some((word, behind)) = rest.split_first() {
+        rest = behind;
+        others.push(word.clone());
+        if word == SERVER {
+            let end = rest.iter().position(|word| word == "]").ok_or_else(|| {
+                usage("the ] that ends the server's command is missing (for a file of that name: ./[)")
+            })?;
+            let command = rest[..end].to_vec();
+            rest = &rest[end + 1..];
+            if command.first().is_none_or(String::is_empty) {
+                return Err(usage(
+                    "[ ]: the server's command is missing: [ qemu-nbd -f qcow2 FILE ]",
+                ));
+            }
+            if server.replace(command).is_some() {
+                return Err(usage("one SOURCE, not two servers"));
+            }
+        } else if word == "--" {
+            options_end = true;
+        } else if !options_end
+            && takes_next_word(word)
+            && word != "--info"
+            && let Some((value, behind)) = rest.split_first()
+        {
+            others.push(value.clone());
+            rest = behind;
+        }
+    }
+    Ok((others, server))
 }
 
 /// What `-o` says that no other option does.
@@ -435,7 +487,7 @@ fn takes_next_word(word: &str) -> bool {
 }
 
 impl Words {
-    fn into_command(mut self) -> Result<Command, UsageError> {
+    fn into_command(mut self, server: Option<Vec<String>>) -> Result<Command, UsageError> {
         if self.version {
             return Ok(Command::Print(
                 concat!("diskfuse ", env!("CARGO_PKG_VERSION"), "\n").into(),
@@ -448,7 +500,25 @@ impl Words {
             }
         }
         let part = parse_part(&self)?;
-        let defaults = nbd::Options::default();
+        let defaults = match server {
+            // What it had not made durable is gone with it, and it is not started again.
+            Some(_) => nbd::Options {
+                reconnect_timeout: Duration::ZERO,
+                unflushed: 0,
+                ..nbd::Options::default()
+            },
+            None => nbd::Options::default(),
+        };
+        if server.is_some()
+            && let Some((name, _)) =
+                [("--reconnect-timeout", &self.reconnect_timeout), ("--unflushed", &self.unflushed)]
+                    .into_iter()
+                    .find(|(_, value)| value.is_some())
+        {
+            return Err(usage(format!(
+                "{name} goes with servers that come back; the one in [ ] is not started again"
+            )));
+        }
         let remote = nbd::Options {
             tls_certificates: self.tls_certificates.map(PathBuf::from),
             connect_timeout: parse_seconds("connect-timeout", self.connect_timeout.as_deref(), 1)?
@@ -483,13 +553,13 @@ impl Words {
                     "--partition, --offset and --size go with a MOUNTPOINT; --info shows all of them",
                 ));
             }
-            (Some(words), ..) => {
-                let (source, words) = (parse_source(words)?, words.clone());
+            (Some(word), ..) => {
+                let (source, words) = parse_shown_source(word, server)?;
                 check_certificates(&source, &remote)?;
                 return Ok(Command::Info { source, words, json, remote });
             }
             (_, Some(uri), _) => {
-                let source = parse_source(uri)?;
+                let source = parse_source(uri, None)?;
                 check_certificates(&source, &remote)?;
                 return match source {
                     Source::Nbd(uri) => Ok(Command::List { uri, json, remote }),
@@ -520,12 +590,18 @@ impl Words {
             [source, mountpoint] => (source, Some(parse_path("MOUNTPOINT", mountpoint)?)),
             [source] if self.run.is_some() => (source, None),
             [] => return Err(usage("SOURCE and MOUNTPOINT are missing")),
-            [source] => return Err(usage(format!("MOUNTPOINT is missing (SOURCE is {source})"))),
+            [source] => {
+                let source = server.map_or(source.clone(), |s| Source::Server(s).to_string());
+                return Err(usage(format!("MOUNTPOINT is missing (SOURCE is {source})")));
+            }
             [_, _, more, ..] => {
                 return Err(usage(format!("one SOURCE and one MOUNTPOINT, not also {more}")));
             }
         };
-        let (source, words) = (parse_source(source)?, source.clone());
+        if server.is_some() && source != SERVER {
+            return Err(usage("[ ] stands for SOURCE, before MOUNTPOINT"));
+        }
+        let (source, words) = parse_shown_source(source, server)?;
         check_certificates(&source, &remote)?;
         if self.growable && part.is_some() {
             return Err(usage("--growable is for whole disks: a part of one has a fixed size"));
@@ -770,7 +846,23 @@ fn parse_path(what: &str, text: &str) -> Result<PathBuf, UsageError> {
     Ok(PathBuf::from(text))
 }
 
-fn parse_source(text: &str) -> Result<Source, UsageError> {
+/// A source, and the same in the user's words.
+fn parse_shown_source(
+    text: &str,
+    server: Option<Vec<String>>,
+) -> Result<(Source, String), UsageError> {
+    let source = parse_source(text, server)?;
+    let words = match &source {
+        Source::Server(_) => source.to_string(),
+        Source::Nbd(_) | Source::Path(_) | Source::Memory(_) => text.to_owned(),
+    };
+    Ok((source, words))
+}
+
+fn parse_source(text: &str, server: Option<Vec<String>>) -> Result<Source, UsageError> {
+    if let Some(command) = server.filter(|_| text == SERVER) {
+        return Ok(Source::Server(command));
+    }
     if text.is_empty() {
         return Err(usage("SOURCE is empty: it is to be a path, an NBD URI or mem:SIZE"));
     }
@@ -1078,6 +1170,43 @@ mod tests {
             assert!(error(line).contains("go with a MOUNTPOINT"), "{line}");
         }
         assert!(error("a b -o partition").contains("partition=..."));
+    }
+
+    #[test]
+    fn a_server_is_a_source() {
+        let server = |words: &[&str]| Source::Server(words.iter().map(|&w| w.into()).collect());
+        let words = config("-r [ qemu-nbd -f qcow2 --x=y -- vm.qcow2 ] ./vm --growable");
+        assert_eq!(words.source, server(&["qemu-nbd", "-f", "qcow2", "--x=y", "--", "vm.qcow2"]));
+        assert_eq!(words.words, "[ qemu-nbd -f qcow2 --x=y -- vm.qcow2 ]");
+        assert_eq!(words.mountpoint, Some("./vm".into()));
+        assert!(words.read_only && words.growable);
+        assert_eq!((words.remote.reconnect_timeout, words.remote.unflushed), (Duration::ZERO, 0));
+        assert_eq!(config("--run true [ nbdkit null ]").source, server(&["nbdkit", "null"]));
+        assert_eq!(config("-- [ a --b ] c").source, server(&["a", "--b"]));
+        let info = self::words("--json --info [ nbdkit null ]");
+        assert!(
+            matches!(info, Ok(Command::Info { source, .. }) if source == server(&["nbdkit", "null"]))
+        );
+        let paths = config("[ a -f /dev/fd/9 ] c");
+        assert!(paths.paths().any(|path| path == Path::new("/dev/fd/9")), "it is kept open");
+        // Where a value stands it is one.
+        assert_eq!(config("a b --pidfile [ --run ]").pidfile, Some("[".into()));
+        assert_eq!(config("./[ ./]").source, Source::Path("./[".into()));
+        for (line, part) in [
+            ("[ a b", "the ] that ends"),
+            ("[", "the ] that ends"),
+            ("[ ] b", "command is missing"),
+            ("[ a ]", "MOUNTPOINT is missing (SOURCE is [ a ])"),
+            ("[ a ] [ b ] c", "not two servers"),
+            ("b [ a ]", "before MOUNTPOINT"),
+            ("[ a ] b c", "not also c"),
+            ("[ a ] b --reconnect-timeout 5", "--reconnect-timeout goes with"),
+            ("[ a ] b -o unflushed=8M", "--unflushed goes with"),
+            ("[ a ] b --tls-certificates /pki", "nbds://"),
+            ("--list [ a ]", "NBD URI"),
+        ] {
+            assert!(error(line).contains(part), "{line}: {}", error(line));
+        }
     }
 
     #[test]

@@ -53,6 +53,7 @@ pub mod place;
 pub mod pool;
 pub mod privileges;
 pub mod run;
+pub mod server;
 pub mod session;
 pub mod signals;
 pub mod stats;

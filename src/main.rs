@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use diskfuse::cli::{self, Command, Config, Source};
 use diskfuse::daemon::{self, Process};
-use diskfuse::{errands, logging, mount, own_folder, run};
+use diskfuse::{errands, logging, mount, own_folder, run, server};
 
 /// Exit status for a command line that makes no sense.
 const USAGE: u8 = 2;
@@ -14,7 +14,10 @@ const USAGE: u8 = 2;
 const MOUNT: u8 = 4;
 
 fn main() -> ExitCode {
-    if let Some(status) = errands::run_if_called().or_else(own_folder::run_if_called) {
+    let called = errands::run_if_called()
+        .or_else(own_folder::run_if_called)
+        .or_else(server::become_if_called);
+    if let Some(status) = called {
         return status;
     }
     let status = serve_or_tell();
@@ -76,7 +79,7 @@ fn pidfile_is_taken(config: &Config) -> Option<String> {
     let is = |path: Option<&Path>| path.is_some_and(|path| daemon::is_same_file(pidfile, path));
     let source = match &config.source {
         Source::Path(path) => Some(path.as_path()),
-        Source::Nbd(_) | Source::Memory(_) => None,
+        Source::Nbd(_) | Source::Memory(_) | Source::Server(_) => None,
     };
     let uses = [("SOURCE", source), ("MOUNTPOINT", config.mountpoint.as_deref())];
     let (what, _) = uses.into_iter().find(|(_, path)| is(*path))?;

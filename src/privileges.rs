@@ -16,13 +16,19 @@ const NEEDED: CapabilitySet = CapabilitySet::SYS_ADMIN
 /// So that the command is no I/O flusher, and can be signalled whoever it has become.
 const FOR_A_COMMAND: CapabilitySet = CapabilitySet::SYS_RESOURCE.union(CapabilitySet::KILL);
 
-/// Gives up what is not needed; `command`: `--run` is to start one. Root only: an ordinary user has nothing to give up, and
+/// Gives up what is not needed; `command`: `--run` is to start one, `server`: there is one that will have to be ended. Root only: an ordinary user has nothing to give up, and
 /// `fusermount3` is to be set-user-ID.
-pub fn give_up(command: bool) -> io::Result<()> {
+pub fn give_up(command: bool, server: bool) -> io::Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Ok(());
     }
-    let needed = if command { NEEDED.union(FOR_A_COMMAND) } else { NEEDED };
+    let mut needed = NEEDED;
+    if command {
+        needed |= FOR_A_COMMAND;
+    }
+    if server {
+        needed |= CapabilitySet::KILL;
+    }
     let mut sets = capabilities(None)?;
     sets.effective &= needed;
     sets.permitted &= needed;

@@ -29,6 +29,7 @@ use crate::info::{self, Listing, LocalInfo, RemoteInfo};
 use crate::mount::{self, Mount, Mountpoint, Unmounted};
 use crate::own_folder::OwnFolder;
 use crate::partitions::{self, Table};
+use crate::server::Server;
 use crate::session::{self, Session};
 use crate::signals::{Signals, Wish};
 use crate::stats::{Stats, Transport};
@@ -82,10 +83,19 @@ impl std::fmt::Display for Failure {
 pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failure> {
     // Before any thread is started, as what follows: they inherit it.
     let io_flusher = sys::become_io_flusher();
-    let given_up = privileges::give_up(config.run.is_some());
+    // It is a program like any other, with what this one was started with.
+    let server = match &config.source {
+        Source::Server(command) => {
+            let server = Server::start(command, config.words.clone());
+            Some(server.map_err(Failure::Source)?)
+        }
+        Source::Nbd(_) | Source::Path(_) | Source::Memory(_) => None,
+    };
+    let given_up = privileges::give_up(config.run.is_some(), server.is_some());
     // So that all of them leave these signals to the control thread.
     let mut control = Control::new(config.words.clone(), matches!(io_flusher, Ok(true)))
         .map_err(|e| Failure::Serving(format!("signals: {e}")))?;
+    control.server = server;
     // Nothing is logged before this: it might not be read.
     logging::write_from_a_thread().map_err(|e| Failure::Serving(format!("the log: {e}")))?;
     if let Err(e) = io_flusher {
@@ -94,18 +104,30 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
     if let Err(e) = given_up {
         log::warn!("privileges that are not needed could not be given up: {e}");
     }
+    if let Some(server) = &mut control.server {
+        server.show_words().map_err(|e| Failure::Serving(format!("no thread: {e}")))?;
+    }
     let stopped = |signal| stopped_while_opened(&config.words, signal);
+    let connect = |to: Uri| {
+        let options = config.remote.clone();
+        move || NbdBackend::connect(&to, &options)
+    };
     match config.source.clone() {
         Source::Nbd(uri) => {
-            let (mut to, options) = (uri.clone(), config.remote.clone());
+            let mut to = uri.clone();
             if config.daemonize {
                 // It goes on connecting when it has left its folder. (Certificates are read once, before that.)
                 let anywhere = to.from_anywhere();
                 to = anywhere.map_err(|e| Failure::Source(format!("{uri}: its socket: {e}")))?;
             }
-            let connect = move || NbdBackend::connect(&to, &options);
-            let backend = control.unless_signalled("connect", connect).map_err(stopped)?;
+            let backend = control.unless_signalled("connect", connect(to)).map_err(stopped)?;
             serve_part(config, backend.map_err(|e| remote_failure(&uri, &e))?, control, background)
+        }
+        Source::Server(_) => {
+            let uri = control.server().uri();
+            let backend = control.unless_signalled("connect", connect(uri)).map_err(stopped)?;
+            let backend = backend.map_err(|e| Failure::Source(control.server().failure(&e)))?;
+            serve_part(config, backend, control, background)
         }
         Source::Path(path) => {
             let options = file::Options { read_only: config.read_only, direct: config.direct };
@@ -140,13 +162,23 @@ pub fn info(
     json: bool,
     remote: &nbd::Options,
 ) -> Result<String, Failure> {
+    let remote_info = |uri: &Uri, export| {
+        let partition_table = remote_table(uri, words, &export, remote);
+        let source = words.into();
+        info::text(&RemoteInfo { source, kind: "nbd", export, partition_table }, json)
+    };
     let text = match source {
         Source::Nbd(uri) => {
             let export = nbd::info::info(uri, remote);
-            let export = export.map_err(|e| remote_failure(uri, &e))?;
-            let partition_table = remote_table(uri, words, &export, remote);
-            let source = words.into();
-            info::text(&RemoteInfo { source, kind: "nbd", export, partition_table }, json)
+            remote_info(uri, export.map_err(|e| remote_failure(uri, &e))?)
+        }
+        Source::Server(command) => {
+            let server = Server::start(command, words.into());
+            let mut server = server.map_err(Failure::Source)?;
+            server.show_words().map_err(|e| Failure::Serving(format!("no thread: {e}")))?;
+            let export = nbd::info::info(&server.uri(), remote);
+            let export = export.map_err(|e| Failure::Source(server.failure(&e)))?;
+            remote_info(&server.uri(), export)
         }
         Source::Path(path) => {
             let info = FileBackend::look_at(path).map_err(local_failure)?;
@@ -194,7 +226,7 @@ fn place(config: &Config) -> Result<(PathBuf, Option<OwnFolder>), Failure> {
     }
     let name = match &config.source {
         Source::Path(path) => path.file_name(),
-        Source::Nbd(_) | Source::Memory(_) => None,
+        Source::Nbd(_) | Source::Memory(_) | Source::Server(_) => None,
     };
     let folder = OwnFolder::new(name.unwrap_or("disk".as_ref()).as_ref());
     let folder = folder.map_err(|e| Failure::Mount(format!("a temporary folder: {e}")))?;
@@ -358,6 +390,7 @@ fn serve<B: Backend>(
     }
     // What others have written meanwhile is flushed in every case.
     let flushed = control.last_flush(config, &export);
+    control.end_server();
     let result = match (announced, flushed) {
         (Err(failure), flushed) => {
             if let Err(also) = flushed {
@@ -389,7 +422,7 @@ fn log_place(config: &Config, path: &Path, writable: bool) {
 /// and its other users see what is changed here, and the other way round.
 fn cache(config: &Config) -> Cache {
     match (config.cache, &config.source) {
-        (CacheWish::Auto, Source::Nbd(_)) => Cache::Writethrough,
+        (CacheWish::Auto, Source::Nbd(_) | Source::Server(_)) => Cache::Writethrough,
         (CacheWish::Auto, Source::Path(_) | Source::Memory(_)) => Cache::None,
         (CacheWish::Is(cache), _) => cache,
     }
@@ -471,6 +504,8 @@ struct Control {
     events: Events,
     /// The command of `--run`.
     command: Option<Child>,
+    /// The source's.
+    server: Option<Server>,
     /// Gives the kernel the size back.
     sizing: Option<Running>,
     stop: Option<Stop>,
@@ -501,6 +536,7 @@ impl Control {
             became_io_flusher,
             events: Events::new(),
             command: None,
+            server: None,
             sizing: None,
             stop: None,
             closed: Arc::default(),
@@ -683,6 +719,24 @@ impl Control {
         }
     }
 
+    /// Where the source is a server of our own.
+    fn server(&mut self) -> &mut Server {
+        self.server.as_mut().expect("it was started before anything else")
+    }
+
+    /// After the last flush. A signal after the one that has ended the export ends it at once.
+    fn end_server(&mut self) {
+        let Some(mut server) = self.server.take() else { return };
+        server.end(|moment| match (self.wait(Some(moment)), &self.stop) {
+            (Ok(Some(_)), Some(stop)) if stop.is_by_signal => stop.began.elapsed() >= SAME_WISH,
+            (Ok(Some(_)), _) => {
+                self.stop = Some(Stop::by_signal(&self.closed));
+                false
+            }
+            _ => false,
+        });
+    }
+
     fn stop_at_once(&mut self) {
         let stop = self.stop.take().unwrap_or_else(|| Stop::now(&self.closed));
         self.stop = Some(Stop { force_at: Instant::now(), ..stop });
@@ -706,6 +760,9 @@ impl Control {
             if let Some(ended) = self.command_status() {
                 status = ended;
                 self.stop.get_or_insert_with(|| Stop::now(&self.closed));
+            }
+            if self.server.as_mut().is_some_and(Server::has_died) {
+                export.backend().hurry();
             }
             if session.reap_failed() {
                 failed = true;

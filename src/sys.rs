@@ -638,6 +638,12 @@ pub fn new_session() -> io::Result<()> {
     check(unsafe { libc::setsid() }).map(drop)
 }
 
+/// Has `fd` be open as `number` too, also in a program that is executed. Nothing of this process may own that number.
+pub fn duplicate_to(fd: &impl AsRawFd, number: RawFd) -> io::Result<()> {
+    // SAFETY: no pointers; nothing owns what is closed.
+    check(unsafe { libc::dup2(fd.as_raw_fd(), number) }).map(drop)
+}
+
 /// Points the three standard streams at /dev/null.
 pub fn standard_streams_to_null() -> io::Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null")?;

@@ -14,7 +14,7 @@ use super::{is_root, program};
 /// Switches FUSE over io_uring on and off.
 pub const RING_SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
 
-/// The name of an ability: `fuse`, `uring`, `root`, `user`, `loop`, `direct`, `nbd`, `netns`, or a program's
+/// The name of an ability: `fuse`, `uring`, `root`, `user`, `loop`, `direct`, `nbd`, `netns`, `nbdkit-curl`, or a program's
 /// name.
 pub type Ability = &'static str;
 
@@ -87,6 +87,11 @@ fn find_out(ability: Ability) -> Result<(), String> {
             let unshared = unshared.map_err(|e| e.to_string())?;
             let why = String::from_utf8_lossy(&unshared.stderr).trim().to_owned();
             unshared.status.success().then_some(()).ok_or(why)
+        }
+        "nbdkit-curl" => {
+            let dump = program("nbdkit", ["--dump-plugin", "curl"]).output();
+            let dump = dump.map_err(|e| e.to_string())?;
+            dump.status.success().then_some(()).ok_or("nbdkit has no plugin curl".into())
         }
         name => find_program(name).map(drop).ok_or(format!("{name} is not installed")),
     }

@@ -324,7 +324,7 @@ impl Running {
         self.child.as_mut().and_then(|c| c.try_wait().expect("it is our child"))
     }
 
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         self.log.lock().expect("no panic while it is held").clone()
     }
 

@@ -13,6 +13,7 @@ mod lost;
 mod refusals;
 mod returns;
 mod scripts;
+mod servers;
 mod tls;
 
 use std::fs::File;
@@ -152,6 +153,19 @@ fn main() -> ExitCode {
         scripts::pidfile_in_use_is_refused ["nbdkit"],
         scripts::command_has_the_file_and_gives_the_status ["nbdkit"],
         scripts::signals_are_passed_to_the_command ["nbdkit"],
+        servers::images_show_their_content ["qemu-nbd", "qemu-img"],
+        servers::read_only_image_is_served_read_only ["qemu-nbd", "qemu-img", "nbdkit"],
+        servers::partition_of_an_image_is_shown ["qemu-nbd", "qemu-img", "sfdisk"],
+        servers::image_on_a_web_server_is_shown ["nbdkit", "nbdkit-curl", "python3"],
+        servers::compressed_image_is_shown ["nbdkit", "xz"],
+        servers::server_that_cannot_start_says_why ["qemu-nbd", "nbdkit"],
+        servers::server_that_dies_fails_all_requests ["nbdkit"],
+        servers::server_ends_with_the_export ["root", "nbdkit"],
+        servers::start_of_a_silent_server_can_be_given_up [],
+        servers::server_that_does_not_end_is_killed ["nbdkit"],
+        servers::server_has_the_socket_where_it_looks_for_it ["nbdkit"],
+        servers::daemon_has_a_server ["root", "qemu-nbd", "qemu-img"],
+        servers::daemon_gives_its_server_named_descriptors_only ["root", "nbdkit"],
         calls::one_read_is_one_send_and_one_receive ["nbdkit", "strace"],
         calls::many_reads_share_their_sends ["nbdkit", "strace", "fio"],
     ];
@@ -169,6 +183,8 @@ fn main() -> ExitCode {
             })
         }));
     }
+    let examples = servers::man_page_has_these_examples;
+    trials.push(trial("servers::man_page_has_these_examples".into(), vec![], examples));
     trials.extend(refusals::trials());
     trials.extend(tls::trials());
     run_trials(trials)
