@@ -161,6 +161,7 @@ fn main() -> ExitCode {
         servers::server_that_cannot_start_says_why ["qemu-nbd", "nbdkit"],
         servers::server_that_dies_fails_all_requests ["nbdkit"],
         servers::server_ends_with_the_export ["root", "nbdkit"],
+        servers::server_ends_when_the_program_is_killed ["root", "qemu-nbd", "python3"],
         servers::start_of_a_silent_server_can_be_given_up [],
         servers::server_that_does_not_end_is_killed ["nbdkit"],
         servers::server_has_the_socket_where_it_looks_for_it ["nbdkit"],
