@@ -453,7 +453,7 @@ fn take_server(words: &[String]) -> Result<(Vec<String>, Option<Vec<String>>), U
             options_end = true;
         } else if !options_end
             && takes_next_word(word)
-            && word != "--info"
+            && !["--info", "--list"].contains(&word.as_str())
             && let Some((value, behind)) = rest.split_first()
         {
             others.push(value.clone());
