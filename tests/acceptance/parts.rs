@@ -136,6 +136,10 @@ pub fn range_keeps_to_itself(case: &Case) {
     }
     // It ends where it ends.
     fallocate(&file, FallocateFlags::KEEP_SIZE, 0, LEN as u64 + 4096).unwrap();
+    if case.kind.regular {
+        let allocated = image.allocated().expect("a file tells");
+        assert!(allocated >= LEN as u64, "its space is not reserved: {allocated}");
+    }
     assert_errno(fallocate(&file, FallocateFlags::empty(), 0, LEN as u64 + 1), ENOSPC);
     assert_errno(file.set_len(LEN as u64 - 1), EOPNOTSUPP);
     assert_errno(file.set_len(LEN as u64 + 1), EOPNOTSUPP);
