@@ -17,8 +17,33 @@
 //! ```
 //!
 //! Data flows one way: kernel → slot → request → export → backend → reply → kernel. A small request
-//! stays on the thread of its CPU's queue; large ones are shared out between threads. The control thread ([`run`]) mounts, waits for a signal or the end of the
-//! connection, and unmounts; it never touches data.
+//! stays on the thread of its CPU's queue; large ones are shared out between threads. The control
+//! thread ([`run`]) mounts, waits for a signal or the end of the connection, and unmounts; it never
+//! touches data.
+//!
+//! Where to find what:
+//!
+//! | to change | look at |
+//! |---|---|
+//! | an option, `--help` | [`cli`], then [`run`], which hands it on; man/diskfuse.1 |
+//! | what happens from start to end, the exit status | [`run`] |
+//! | signals; the background and the pidfile; what is logged where | [`signals`]; [`daemon`]; [`logging`] |
+//! | mounting, unmounting, what is found at the mountpoint | [`mount`], [`place`] |
+//! | what an operation of FUSE means, the size, the cache modes | [`export`] |
+//! | the FUSE protocol, a new operation | [`fuse`], then [`export`] |
+//! | what is negotiated with the kernel, how many threads there are | [`session`] |
+//! | whether a thread polls, and which one serves a request | [`transport::pace`], [`transport::queues`] |
+//! | the two ways of requests | [`transport::legacy`], [`transport::uring`] |
+//! | a request's memory | [`transport::slot`], `transport::entries` |
+//! | interrupted clients; errors that an fsync has to tell | [`interrupts`]; [`open_files`] |
+//! | counters | [`stats`] |
+//! | another kind of source | [`backend`], whose two traits it implements |
+//! | images and block devices | [`backend::file`] |
+//! | the NBD client: its picture is in | [`backend::nbd`] |
+//! | NBD: URIs; connecting, TLS, the handshake | [`backend::nbd::uri`]; its `dial`, `connect`, `tls`, `handshake` |
+//! | NBD: a command | its `wire`, `inflight`, `commands` |
+//! | NBD: lost connections, and what is written again | its `connections`, `unflushed` |
+//! | NBD: reading ahead, holes | its `ahead`, `holes`, `extents` |
 //!
 //! Modules that may use `unsafe`, and for what:
 //!
