@@ -328,7 +328,7 @@ impl<B: Backend> Export<B> {
     /// A write of what the page cache held must be whole: the kernel does not write the rest.
     fn note_write_back(&self, offset: u64, size: u32, written: &Result<Reply, Errno>) {
         let why = match written {
-            Ok(Reply::Written { len, .. }) if *len == size => return,
+            Ok(Reply::Written(len)) if *len == size => return,
             Ok(_) => Errno::ENOSPC,
             Err(errno) => *errno,
         };
@@ -399,7 +399,7 @@ impl<B: Backend> Export<B> {
             // Its own sync may have met, and used up, the report of what others have lost.
             Err(e) if durable => Err(self.flush_has_failed("durable write", e)),
             Err(e) => Err(e.into()),
-            Ok(loan) => Ok(Reply::Written { len: len as u32, loan }),
+            Ok(()) => Ok(Reply::Written(len as u32)),
         }
     }
 
@@ -725,7 +725,7 @@ mod tests {
     use smol::future::{block_on, poll_once, zip};
 
     use super::*;
-    use crate::backend::{Loan, Stat, WaitsFor};
+    use crate::backend::{Stat, WaitsFor};
     use crate::io::Io;
 
     /// A disk that has lost data, and tells the first flush of it, which takes until `told`.
@@ -774,11 +774,11 @@ mod tests {
             Ok(buf.len())
         }
 
-        async fn write(&self, _: u64, _: &[u8], durable: bool) -> io::Result<Loan> {
+        async fn write(&self, _: u64, _: &[u8], durable: bool) -> io::Result<()> {
             if durable {
                 self.flush().await?;
             }
-            Ok(Loan::Over)
+            Ok(())
         }
 
         async fn flush(&self) -> io::Result<()> {

@@ -102,37 +102,6 @@ pub fn write_two(fd: &impl AsRawFd, head: &[u8], data: &[u8]) -> io::Result<usiz
     check_len(unsafe { libc::writev(fd.as_raw_fd(), parts.as_ptr(), 2) })
 }
 
-/// A pipe with room for so many bytes, not blocking: what is read from, and what is written to.
-pub fn pipe(room: usize) -> io::Result<(OwnedFd, OwnedFd)> {
-    let mut ends = [0; 2];
-    // SAFETY: the call writes two descriptors, which are ours.
-    let (reader, writer) = unsafe {
-        check(libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK))?;
-        (owned(ends[0]), owned(ends[1]))
-    };
-    let room = libc::c_int::try_from(room).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // SAFETY: no pointers.
-    check(unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, room) })?;
-    Ok((reader, writer))
-}
-
-/// Puts references to the pages of `data` into a pipe (`vmsplice(2)`); returns how many bytes fitted. The kernel only reads them,
-/// but until the pipe's reader has: what is there by then is what is read.
-pub fn vmsplice(pipe: &impl AsRawFd, data: &[u8]) -> io::Result<usize> {
-    let part = libc::iovec { iov_base: data.as_ptr() as *mut _, iov_len: data.len() };
-    // SAFETY: the part is readable for its length. The kernel counts its references to the pages, so that they outlive
-    // the mapping, and without SPLICE_F_GIFT nobody writes to them.
-    check_len(unsafe { libc::vmsplice(pipe.as_raw_fd(), &raw const part, 1, 0) })
-}
-
-/// Moves up to `len` bytes from a pipe to a socket without waiting (`splice(2)`).
-pub fn splice(pipe: &impl AsRawFd, socket: &impl AsRawFd, len: usize) -> io::Result<usize> {
-    let (from, to) = (pipe.as_raw_fd(), socket.as_raw_fd());
-    let (nowhere, flags) = (std::ptr::null_mut(), libc::SPLICE_F_NONBLOCK);
-    // SAFETY: neither a pipe nor a socket has an offset.
-    check_len(unsafe { libc::splice(from, nowhere, to, nowhere, len, flags) })
-}
-
 /// Reads at `offset` only what needs no waiting; `EAGAIN` otherwise, `EOPNOTSUPP` where the file system
 /// cannot tell.
 pub fn read_at_nowait(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use super::length::Length;
 use super::range_lock::RangeLock;
-use super::{Backend, Capabilities, Lane, Loan, Seek, Stat, WaitsFor, Zero};
+use super::{Backend, Capabilities, Lane, Seek, Stat, WaitsFor, Zero};
 use crate::info::LocalInfo;
 use crate::io::Io;
 use crate::{locks, sys};
@@ -557,7 +557,7 @@ impl Lane for FileLane {
         }
     }
 
-    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<Loan> {
+    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
         match self.direct() {
             Some((direct, file)) if direct.fits(offset, data, self.backend.size()) => {
                 let pages = Direct::pages(offset, data.len() as u64);
@@ -571,7 +571,7 @@ impl Lane for FileLane {
         if durable {
             self.flush().await?;
         }
-        Ok(Loan::Over)
+        Ok(())
     }
 
     async fn flush(&self) -> io::Result<()> {

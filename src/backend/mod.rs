@@ -21,9 +21,6 @@ pub mod nbd;
 pub mod part;
 pub mod range_lock;
 
-/// A lane may lend the pages of so much data, or more, to the kernel (see [`Lane::write`]), in bytes. Below, copying is cheaper.
-pub const LENT_BYTES: usize = 128 << 10;
-
 /// What a source is and what it allows, fixed while it is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
@@ -84,15 +81,6 @@ pub enum Zero {
     Keep,
 }
 
-/// What has become of the pages of written data, see [`Lane::write`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Loan {
-    /// They are the caller's again.
-    Over,
-    /// Some may still be on their way to a server that is gone, or seems to be.
-    Open,
-}
-
 /// A source of bytes, shared by the serving threads.
 pub trait Backend: Send + Sync + 'static {
     /// How one thread reaches the bytes.
@@ -151,11 +139,7 @@ pub trait Lane: 'static {
 
     /// Writes all of `data` at `offset`; past the end only where the export is growable. With `durable`
     /// (O_DSYNC) the data is on stable storage when this returns.
-    ///
-    /// Data of [`LENT_BYTES`] may have been sent by its pages. After an error, and with [`Loan::Open`], some of it can still
-    /// be on its way to a server that will store what it finds there. So the caller must not write to those pages again: it
-    /// gives them up (`MADV_DONTNEED`), which leaves them to the socket and gets new ones.
-    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<Loan>;
+    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()>;
 
     /// Makes every write that has completed durable. `NotConnected`: nothing is lost by the failure, another flush may
     /// succeed.

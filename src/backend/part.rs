@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Backend, Capabilities, Lane, Loan, Seek, Stat, Zero};
+use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
 use crate::io::Io;
 
 /// What `stat` counts in, in bytes.
@@ -142,7 +142,7 @@ impl<B: Backend> Lane for PartLane<B> {
         all_of(self.whole.read_cached(at, &mut buf[..len]).await?, len)
     }
 
-    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<Loan> {
+    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
         let at = self.place(offset, data.len() as u64)?;
         self.whole.write(at, data, durable).await
     }

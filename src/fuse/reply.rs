@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use super::abi::{Attr, AttrOut, LseekOut, OpenOut, Plain, StatfsOut, WriteOut};
-use crate::backend::Loan;
 
 /// A successful answer.
 #[derive(Clone, Copy, Debug)]
@@ -12,13 +11,8 @@ pub enum Reply {
     Done,
     /// So many bytes were read; they are in the payload already.
     Data(usize),
-    /// Data was written.
-    Written {
-        /// How many bytes
-        len: u32,
-        /// What has become of the payload's pages
-        loan: Loan,
-    },
+    /// So many bytes were written.
+    Written(u32),
     /// `stat`
     Attr {
         /// What it shows
@@ -52,7 +46,7 @@ impl Reply {
         match *self {
             Reply::Done | Reply::Unanswered => 0,
             Reply::Data(len) => len,
-            Reply::Written { len, .. } => put(payload, WriteOut { size: len, padding: 0 }),
+            Reply::Written(size) => put(payload, WriteOut { size, padding: 0 }),
             Reply::Attr { attr, valid } => {
                 let (attr_valid, attr_valid_nsec) = (valid.as_secs(), valid.subsec_nanos());
                 put(payload, AttrOut { attr, attr_valid, attr_valid_nsec, dummy: 0 })
@@ -76,7 +70,7 @@ mod tests {
         let len = |reply: Reply, payload: &mut [u8]| reply.encode(payload);
         assert_eq!(len(Reply::Done, &mut payload), 0);
         assert_eq!(len(Reply::Data(100), &mut payload), 100);
-        assert_eq!(len(Reply::Written { len: 7, loan: Loan::Over }, &mut payload), 8);
+        assert_eq!(len(Reply::Written(7), &mut payload), 8);
         assert_eq!(payload[..4], [7, 0, 0, 0]);
         assert_eq!(
             len(Reply::Attr { attr: Attr::default(), valid: Duration::ZERO }, &mut payload),

@@ -11,7 +11,7 @@ use std::task::{Poll, Waker};
 
 use smol::{LocalExecutor, Timer, future};
 
-use crate::backend::{Backend, Loan, WaitsFor};
+use crate::backend::{Backend, WaitsFor};
 use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::reply::Reply;
@@ -136,9 +136,6 @@ impl<B: Backend> Server<B> {
             Op::Write { size, .. } => {
                 self.stats.writes.add(1);
                 self.stats.write_bytes.add(u64::from(size));
-                if self.waits_for != WaitsFor::Memory {
-                    slot.gather_long_payload();
-                }
             }
             Op::Interrupt { unique } => self.interrupts.interrupt(unique),
             _ => self.stats.others.add(1),
@@ -157,9 +154,6 @@ impl<B: Backend> Server<B> {
         match answer {
             Ok(Reply::Unanswered) => slot.discard(),
             Ok(reply) => {
-                if matches!(reply, Reply::Written { loan: Loan::Open, .. }) {
-                    slot.give_up_lent();
-                }
                 let len = reply.encode(slot.payload_mut());
                 slot.reply(Ok(len));
             }

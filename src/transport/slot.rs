@@ -21,10 +21,8 @@ use std::io;
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::backend::LENT_BYTES;
 use crate::errno::Errno;
 use crate::fuse::abi::{InHeader, Plain};
 use crate::fuse::request::Op;
@@ -36,10 +34,6 @@ pub const HEAD_LEN: usize = 4096;
 const STRIDE: usize = HEAD_LEN + PAYLOAD_LEN;
 /// Payload pages up to here stay resident when a burst is over, in bytes.
 const KEPT_LEN: usize = 64 << 10;
-/// The payload of a WRITE of so many bytes is worth huge pages.
-const GATHER_LEN: usize = PAYLOAD_LEN / 2;
-/// Those, in bytes. Where they have another size nothing is moved.
-const HUGE_LEN: usize = 2 << 20;
 /// A burst is over when nothing has come for so long.
 pub const BURST_OVER: Duration = Duration::from_secs(1);
 
@@ -47,10 +41,6 @@ pub const BURST_OVER: Duration = Duration::from_secs(1);
 struct Arena {
     base: NonNull<u8>,
     len: usize,
-    /// Some of it has been moved to huge pages.
-    has_huge: AtomicBool,
-    /// There are none to be had.
-    no_huge: AtomicBool,
 }
 
 // SAFETY: an arena is an address and a length, and gives no access to what is there but by its `Memory`s.
@@ -76,8 +66,7 @@ impl Arena {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).expect("mmap does not return null unasked");
-        let arena =
-            Arena { base, len, has_huge: AtomicBool::new(false), no_huge: AtomicBool::new(false) };
+        let arena = Arena { base, len };
         // SAFETY: the range is the mapping just made. Huge pages would make a 4 KiB request resident as
         // 2 MiB; a kernel without them says EINVAL, which is as good.
         unsafe { libc::madvise(arena.base.as_ptr().cast(), len, libc::MADV_NOHUGEPAGE) };
@@ -104,9 +93,8 @@ struct Piece {
     kept: bool,
     /// How much of the payload may be resident, in bytes.
     touched: usize,
-    /// It has been moved to huge pages, as far as that works.
-    gathered: bool,
-    arena: Arc<Arena>,
+    /// Mapped as long as any of its pieces is left.
+    _arena: Arc<Arena>,
 }
 
 // SAFETY: it is the only owner of plain bytes.
@@ -128,8 +116,7 @@ impl Memory {
                     queue,
                     kept: false,
                     touched: 0,
-                    gathered: false,
-                    arena: arena.clone(),
+                    _arena: arena.clone(),
                 }))
             })
             .collect())
@@ -176,73 +163,24 @@ impl Memory {
         self.0.touched = self.0.touched.max(len.min(PAYLOAD_LEN));
     }
 
-    /// Moves the memory to huge pages, until it is released.
-    fn gather(&mut self) {
-        if std::mem::replace(&mut self.0.gathered, true)
-            || self.0.arena.no_huge.load(Ordering::Relaxed)
-        {
-            return;
-        }
-        self.0.arena.has_huge.store(true, Ordering::Relaxed);
-        let arena = self.0.arena.base.as_ptr() as usize;
-        let head = self.0.head.as_ptr() as usize;
-        let from = (head / HUGE_LEN * HUGE_LEN).max(arena);
-        let to = (head + STRIDE).next_multiple_of(HUGE_LEN).min(arena + self.0.arena.len);
-        let advise = |advice| {
-            // SAFETY: the range is inside the arena. The advice moves pages and leaves their content as it is, so it does not
-            // matter that some are of the memories beside this one. Pages to which the kernel holds a reference,
-            // a socket's for example, stay where they are.
-            match unsafe { libc::madvise(from as *mut libc::c_void, to - from, advice) } {
-                0 => Ok(()),
-                _ => Err(io::Error::last_os_error()),
-            }
-        };
-        let moved = advise(libc::MADV_HUGEPAGE).and_then(|()| advise(libc::MADV_COLLAPSE));
-        // Those that are to come are small again.
-        let _ = advise(libc::MADV_NOHUGEPAGE);
-        if let Err(e) = moved
-            && e.raw_os_error() != Some(libc::EAGAIN)
-        {
-            // The kernel may have looked for one long, in vain: once is enough. (EAGAIN: a page is in use.)
-            log::debug!("no huge pages: {e}");
-            self.0.arena.no_huge.store(true, Ordering::Relaxed);
-        }
-    }
-
     /// Whether a large request has left pages here.
     pub fn has_burst_pages(&self) -> bool {
         self.0.touched > KEPT_LEN
     }
 
-    /// Gives back the pages that a burst of large requests left. Their content is lost, the head's too.
+    /// Gives back the pages that a burst of large requests left. Their content is lost.
     pub fn release(&mut self) {
-        if self.0.arena.has_huge.load(Ordering::Relaxed) {
-            // A huge page goes when nothing of it is left, by whichever memory it came.
-            self.0.gathered = false;
-            self.give_up_from(0);
-        } else if self.has_burst_pages() {
-            self.give_up_from(HEAD_LEN + KEPT_LEN);
+        if !self.has_burst_pages() {
+            return;
         }
-    }
-
-    /// Gives up all pages of a payload which a backend may have lent to the kernel ([`LENT_BYTES`]). Whatever still
-    /// refers to them keeps them as they are.
-    fn give_up_lent(&mut self) {
-        if self.0.touched >= LENT_BYTES {
-            self.give_up_from(HEAD_LEN);
-        }
-    }
-
-    /// Gives up what is behind the first `kept` bytes.
-    fn give_up_from(&mut self, kept: usize) {
-        let tail = &mut self.bytes_mut()[kept..];
+        let tail = &mut self.bytes_mut()[HEAD_LEN + KEPT_LEN..];
         // SAFETY: the pages are ours, anonymous and private: they read as zeroes from now on, which is as
         // initialised as before.
         let done =
             unsafe { libc::madvise(tail.as_mut_ptr().cast(), tail.len(), libc::MADV_DONTNEED) };
         // Only a locked or a wrong range is refused (madvise(2)), and this process locks no memory.
         assert_eq!(done, 0, "madvise: {}", io::Error::last_os_error());
-        self.0.touched = kept.saturating_sub(HEAD_LEN);
+        self.0.touched = KEPT_LEN;
     }
 
     /// A 40-byte structure and its like at `offset` of the head.
@@ -326,19 +264,6 @@ impl Slot {
         &mut memory.bytes_mut()[HEAD_LEN..]
     }
 
-    /// For a backend that hands the payload's pages to the kernel: with huge pages a long one goes in few large pieces
-    /// instead of many small ones. (Not so from the start: a request of 4 KiB would make 2 MiB resident.)
-    pub fn gather_long_payload(&mut self) {
-        if self.header.len as usize >= GATHER_LEN {
-            self.memory.as_mut().expect("an unanswered slot has its memory").gather();
-        }
-    }
-
-    /// Gives up the pages of the payload, which somebody may still read: the answer goes into others.
-    pub fn give_up_lent(&mut self) {
-        self.memory.as_mut().expect("an unanswered slot has its memory").give_up_lent();
-    }
-
     /// Answers with the first so many bytes of the payload, or an error.
     pub fn reply(mut self, result: Result<usize, Errno>) {
         let memory = self.memory.take().expect("an unanswered slot has its memory");
@@ -346,10 +271,8 @@ impl Slot {
     }
 
     fn answer(&self, mut memory: Memory, result: Result<usize, Errno>) {
-        match result {
-            Ok(len) => memory.touch(len),
-            // What failed may not have come to its end everywhere.
-            Err(_) => memory.give_up_lent(),
+        if let Ok(len) = result {
+            memory.touch(len);
         }
         self.home.answer(memory, self.header.unique, result);
     }
@@ -438,76 +361,6 @@ mod tests {
         let mut last = all.pop().unwrap();
         drop(all);
         last.bytes_mut()[0] = 1;
-    }
-
-    #[test]
-    fn pages_of_a_failed_request_are_not_written_to_again() {
-        let home = Rc::new(Recorder::default());
-        let (reader, writer) = crate::sys::pipe(PAYLOAD_LEN).unwrap();
-        let mut slot = slot(&home);
-        slot.payload_mut().fill(7);
-        slot.memory.as_mut().unwrap().touch(PAYLOAD_LEN);
-        assert_eq!(crate::sys::vmsplice(&writer, slot.payload_mut()).unwrap(), PAYLOAD_LEN);
-        slot.reply(Err(Errno::EIO));
-        let mut memory = home.memory.borrow_mut().pop().unwrap();
-        memory.bytes_mut().fill(9);
-        let mut in_pipe = vec![0; PAYLOAD_LEN];
-        assert_eq!(crate::sys::read(&reader, &mut in_pipe).unwrap(), PAYLOAD_LEN);
-        assert!(in_pipe.iter().all(|&byte| byte == 7));
-    }
-
-    /// How much of the process's memory at `bytes` is in huge pages, in KiB.
-    fn huge_kib(bytes: &[u8]) -> u64 {
-        let address = bytes.as_ptr() as usize + HEAD_LEN;
-        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let mut inside = false;
-        let mut kib = 0;
-        for line in smaps.lines() {
-            if let Some((from, rest)) = line.split_once('-')
-                && let Ok(from) = usize::from_str_radix(from, 16)
-            {
-                let to = rest.split(' ').next().unwrap();
-                inside = (from..usize::from_str_radix(to, 16).unwrap()).contains(&address);
-            } else if inside && line.starts_with("AnonHugePages:") {
-                kib += line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap();
-            }
-        }
-        kib
-    }
-
-    #[test]
-    fn huge_pages_change_nothing_and_release_gives_them_back() {
-        let mut all = Memory::allocate(&[0; 8]).unwrap();
-        for (i, memory) in all.iter_mut().enumerate() {
-            memory.bytes_mut().fill(i as u8 + 1);
-        }
-        // Every second one: their neighbours share the pages.
-        all.iter_mut().step_by(2).for_each(Memory::gather);
-        for (i, memory) in all.iter().enumerate() {
-            assert!(memory.bytes().iter().all(|&byte| byte == i as u8 + 1));
-        }
-        let huge = huge_kib(all[4].bytes());
-        all.iter_mut().for_each(Memory::release);
-        assert_eq!(huge_kib(all[4].bytes()), 0);
-        assert!(all.iter().all(|memory| memory.bytes().iter().all(|&byte| byte == 0)));
-        if huge == 0 {
-            println!("skipped: no huge pages here");
-        }
-    }
-
-    #[test]
-    fn huge_pages_change_nothing_that_a_pipe_holds() {
-        let mut memory = Memory::allocate(&[0; 4]).unwrap().remove(1);
-        let (reader, writer) = crate::sys::pipe(PAYLOAD_LEN).unwrap();
-        memory.bytes_mut().fill(7);
-        memory.touch(PAYLOAD_LEN);
-        let payload = &memory.bytes()[HEAD_LEN..];
-        assert_eq!(crate::sys::vmsplice(&writer, payload).unwrap(), PAYLOAD_LEN);
-        memory.gather();
-        let mut in_pipe = vec![0; PAYLOAD_LEN];
-        assert_eq!(crate::sys::read(&reader, &mut in_pipe).unwrap(), PAYLOAD_LEN);
-        assert!(in_pipe.iter().all(|&byte| byte == 7));
-        assert!(memory.bytes().iter().all(|&byte| byte == 7));
     }
 
     #[test]

@@ -15,9 +15,8 @@ use std::sync::Arc;
 use smol::future::zip;
 
 use super::commands::Commands;
-use super::inflight::Sending;
+use crate::backend::Zero;
 use crate::backend::range_lock::RangeLock;
-use crate::backend::{Loan, Zero};
 
 /// Unaligned access over [`Commands`].
 pub struct Blocks {
@@ -86,9 +85,9 @@ impl Blocks {
     }
 
     /// Writes `data` at `offset`; `fua` as for [`Commands::write`].
-    pub async fn write(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<Loan> {
+    pub async fn write(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<()> {
         if self.commands.minimum() == 1 {
-            return self.commands.write(offset, data, Sending::ByPages, fua).await;
+            return self.commands.write(offset, data, fua).await;
         }
         let parts = self.parts(offset, data.len() as u64);
         let (head, rest) = data.split_at(parts.head as usize);
@@ -106,12 +105,12 @@ impl Blocks {
         middle
     }
 
-    async fn write_blocks(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<Loan> {
+    async fn write_blocks(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<()> {
         if data.is_empty() {
-            return Ok(Loan::Over);
+            return Ok(());
         }
         let _shared = self.lock.shared(offset..offset + data.len() as u64).await;
-        self.commands.write(offset, data, Sending::ByPages, fua).await
+        self.commands.write(offset, data, fua).await
     }
 
     /// Makes the range read as zeroes. `EOPNOTSUPP` as for [`Commands::zero`], and then nothing is
@@ -154,7 +153,7 @@ impl Blocks {
         let _exclusive = self.lock.exclusive(block.clone()).await;
         let mut bytes = self.read_block(block.start).await?;
         change(&mut bytes[within]);
-        self.commands.write(block.start, &bytes, Sending::Copied, fua).await.map(drop)
+        self.commands.write(block.start, &bytes, fua).await
     }
 
     async fn read_block(&self, offset: u64) -> io::Result<Vec<u8>> {

@@ -4,7 +4,6 @@
 //! Offsets and lengths are multiples of the server's minimum block size here; [`super::blocks`]
 //! sees to it.
 
-use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
@@ -16,10 +15,10 @@ use super::connection::Connection;
 use super::connections::Ways;
 use super::dial::Export;
 use super::extents::{Extents, Found};
-use super::inflight::{Extent, Failure, Sending};
+use super::inflight::{Extent, Failure};
 use super::unflushed::Change;
 use super::wire::{Command, FLAG_FUA, FLAG_NO_HOLE, Headers, transmission_flag};
-use crate::backend::{Loan, Seek, Zero};
+use crate::backend::{Seek, Zero};
 
 /// The longest WRITE_ZEROES, in bytes: a longer one could keep the server busy past everyone's
 /// patience.
@@ -154,46 +153,23 @@ impl Commands {
     }
 
     /// Writes `data` at `offset`; with `fua`, if the server has that, it is on stable storage when this returns.
-    pub async fn write(
-        &self,
-        offset: u64,
-        data: &[u8],
-        how: Sending,
-        fua: bool,
-    ) -> io::Result<Loan> {
-        let are_out = Cell::new(false);
-        let write =
-            async |(at, piece): (u64, &[u8])| self.write_piece(at, piece, how, fua, &are_out).await;
+    pub async fn write(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<()> {
+        // A length of zero is an error to the server.
         if data.is_empty() {
-            // As above.
+            return Ok(());
         } else if data.len() <= self.max_payload {
-            write((offset, data)).await?;
-        } else {
-            let pieces = (offset..).step_by(self.max_payload).zip(data.chunks(self.max_payload));
-            all(pieces.map(write)).await?;
+            return self.write_piece(offset, data, fua).await;
         }
-        Ok(if are_out.get() { Loan::Open } else { Loan::Over })
+        let pieces = (offset..).step_by(self.max_payload).zip(data.chunks(self.max_payload));
+        all(pieces.map(|(at, piece)| self.write_piece(at, piece, fua))).await
     }
 
-    async fn write_piece(
-        &self,
-        offset: u64,
-        data: &[u8],
-        how: Sending,
-        fua: bool,
-        are_out: &Cell<bool>,
-    ) -> io::Result<()> {
+    async fn write_piece(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<()> {
         let (flags, change) = match fua {
             true => (FLAG_FUA, Change::Durable(data.len() as u64)),
             false => (0, Change::Data(data)),
         };
-        let request = async |connection: &Connection| {
-            let written = connection.write(offset, data, how, flags).await;
-            if matches!(written, Err(Failure::Lost)) && how == Sending::ByPages {
-                are_out.set(true);
-            }
-            written
-        };
+        let request = async |connection: &Connection| connection.write(offset, data, flags).await;
         self.change(offset, change, request).await
     }
 
@@ -264,9 +240,7 @@ impl Commands {
         while length > 0 {
             let piece = &zeroes[..length.min(self.max_payload as u64) as usize];
             let change = Change::Zero(piece.len() as u64, Zero::Keep);
-            let request = async |connection: &Connection| {
-                connection.write(offset, piece, Sending::Copied, 0).await
-            };
+            let request = async |connection: &Connection| connection.write(offset, piece, 0).await;
             self.change(offset, change, request).await?;
             offset += piece.len() as u64;
             length -= piece.len() as u64;

@@ -34,9 +34,7 @@ use socket2::Socket;
 
 use super::abandoned::Abandoned;
 use super::dial::{Export, Opened};
-use super::inflight::{
-    self, Ask, Cookie, Extent, Failure, MAX_IN_FLIGHT, Payload, Request, Sending, Table,
-};
+use super::inflight::{self, Ask, Cookie, Extent, Failure, MAX_IN_FLIGHT, Payload, Request, Table};
 use super::replies::Replies;
 use super::requests::Requests;
 use super::stream::{Stream, SystemCalls};
@@ -189,15 +187,9 @@ impl Connection {
     }
 
     /// Writes `data` at `offset`.
-    pub async fn write(
-        &self,
-        offset: u64,
-        data: &[u8],
-        how: Sending,
-        flags: u16,
-    ) -> Result<(), Failure> {
+    pub async fn write(&self, offset: u64, data: &[u8], flags: u16) -> Result<(), Failure> {
         let length = data.len() as u64;
-        let payload = Payload::Send(data, how);
+        let payload = Payload::Send(data);
         self.ask(Ask { command: Command::Write, flags, offset, length, payload }).await.map(drop)
     }
 

@@ -37,7 +37,6 @@ use super::abandoned::{Abandoned, AbandonedWrite};
 use super::connection::Connection;
 use super::coverage::Coverage;
 use super::wire::{self, Command, Violation};
-use crate::backend::LENT_BYTES;
 
 /// How many requests a connection has in flight at most: more than a FUSE queue has entries, and
 /// few enough for one `sendmsg` (`IOV_MAX` is 1024, and each takes two parts).
@@ -105,19 +104,9 @@ pub enum Payload<'a> {
     /// Neither sent nor received.
     None,
     /// The data of a WRITE.
-    Send(&'a [u8], Sending),
+    Send(&'a [u8]),
     /// Where the data of a READ goes.
     Fill(&'a mut [u8]),
-}
-
-/// How a WRITE's data goes to the socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sending {
-    /// It is copied, and is the caller's again once the request has ended or was dropped.
-    Copied,
-    /// Long data goes by its pages where that is possible. If the request fails or is dropped, they
-    /// must not be written to again: see [`crate::backend::Lane::write`].
-    ByPages,
 }
 
 /// A piece of BLOCK_STATUS's answer.
@@ -163,7 +152,7 @@ impl Cookie {
 
 /// Data of a WRITE that is not fully sent.
 enum Unsent {
-    Lent(Lent, Sending),
+    Lent(Lent),
     /// Its caller has gone.
     Copy(Box<[u8]>),
 }
@@ -253,7 +242,7 @@ impl Table {
         let index = self.free.pop().expect("the semaphore has as many permits as there are slots");
         let (unsent, destination) = match ask.payload {
             Payload::None => (None, None),
-            Payload::Send(data, how) => (Some(Unsent::Lent(Lent::to_send(data), how)), None),
+            Payload::Send(data) => (Some(Unsent::Lent(Lent::to_send(data))), None),
             Payload::Fill(buf) => (None, Some(Lent::to_fill(buf))),
         };
         let slot = &mut self.slots[index];
@@ -324,19 +313,9 @@ impl Table {
     /// The data that follows the request's header on the wire.
     pub fn data_to_send(&self, cookie: Cookie) -> &[u8] {
         match self.unsent(cookie) {
-            Some(Unsent::Lent(lent, _)) => lent.as_slice(),
+            Some(Unsent::Lent(lent)) => lent.as_slice(),
             Some(Unsent::Copy(copy)) => copy,
             None => &[],
-        }
-    }
-
-    /// A payload that may go by its pages: lent for that, long enough, and still its caller's.
-    pub fn pages_to_lend(&self, cookie: Cookie) -> Option<&[u8]> {
-        match self.unsent(cookie) {
-            Some(Unsent::Lent(lent, Sending::ByPages)) if lent.len >= LENT_BYTES => {
-                Some(lent.as_slice())
-            }
-            _ => None,
         }
     }
 
@@ -524,7 +503,7 @@ impl Table {
         entry.destination = None;
         entry.waker = None;
         // The server has had a part of it, or may already wait for it: the rest must follow.
-        if let Some(Unsent::Lent(lent, _)) = &entry.unsent {
+        if let Some(Unsent::Lent(lent)) = &entry.unsent {
             entry.unsent = Some(Unsent::Copy(lent.as_slice().into()));
         }
         self.settle(cookie);
@@ -710,7 +689,7 @@ pub mod tests {
     fn an_abandoned_write_is_sent_from_a_copy() {
         let mut table = Table::new(Default::default());
         let data = b"data".to_vec();
-        let payload = Payload::Send(&data, Sending::Copied);
+        let payload = Payload::Send(&data);
         let ask = Ask { command: Command::Write, flags: 0, offset: 0, length: 4, payload };
         // SAFETY: let go before `data` is dropped.
         let cookie = unsafe { table.insert(ask) };

@@ -39,7 +39,7 @@ use self::holes::Sparse;
 use self::unflushed::{Reserved, Unflushed};
 use self::wire::transmission_flag;
 use super::range_lock::RangeLock;
-use super::{Backend, Capabilities, Lane, Loan, Seek, Stat, WaitsFor, Zero};
+use super::{Backend, Capabilities, Lane, Seek, Stat, WaitsFor, Zero};
 use crate::io::Io;
 
 pub use self::error::Error;
@@ -62,7 +62,6 @@ mod handshake;
 mod holes;
 mod inflight;
 pub mod info;
-mod pages;
 mod replies;
 mod requests;
 mod stream;
@@ -403,14 +402,14 @@ impl Lane for NbdLane {
         Ok(length)
     }
 
-    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<Loan> {
+    async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
         self.check_range(offset, data.len() as u64)?;
         let _room = self.room_for(data.len()).await?;
         let losses = self.backend.unflushed().losses();
         let _changing = self.backend.extents.changing(offset..offset + data.len() as u64);
         let _writing = self.backend.ahead.writing(offset..offset + data.len() as u64);
         let fua = durable && self.blocks.commands().has_fua();
-        let loan = self.blocks.write(offset, data, fua).await?;
+        self.blocks.write(offset, data, fua).await?;
         if durable && !fua {
             flush(&self.backend, self.blocks.commands()).await?;
         }
@@ -419,7 +418,7 @@ impl Lane for NbdLane {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         self.make_room_in_time();
-        Ok(loan)
+        Ok(())
     }
 
     async fn flush(&self) -> io::Result<()> {

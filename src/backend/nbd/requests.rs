@@ -38,21 +38,11 @@ impl Requests {
         self.front_sent = 0;
     }
 
-    /// Sends what there is: all requests with one system call if the socket has room, but long
-    /// payloads by calls of their own, which do not copy them. False: the socket has no room now, and
+    /// Sends what there is, with one system call if the socket has room. False: it has none now, and
     /// the rest must wait for it.
     pub fn send(&mut self, stream: &mut Stream, table: &mut Table) -> io::Result<bool> {
-        while let Some((header, cookie)) = self.queue.front() {
-            let lent = table.pages_to_lend(*cookie).filter(|_| stream.lends());
-            let went = match (lent, self.front_sent.checked_sub(header.as_bytes().len())) {
-                (Some(payload), Some(at)) => match stream.send_pages(&payload[at..]) {
-                    // They cannot go so: the rest is copied.
-                    Ok(0) => continue,
-                    sent => sent.map(|sent| (sent, false)),
-                },
-                _ => self.send_copies(stream, table),
-            };
-            match went {
+        while !self.is_empty() {
+            match self.send_some(stream, table) {
                 Ok((0, _)) => return Err(ErrorKind::WriteZero.into()),
                 Ok((sent, full)) => {
                     self.advance(sent, table);
@@ -67,17 +57,11 @@ impl Requests {
         not_blocked(stream.flush())
     }
 
-    /// Sends requests up to the first payload that can be lent. How many bytes went, and whether the
-    /// socket is full now.
-    fn send_copies(&self, stream: &mut Stream, table: &Table) -> io::Result<(usize, bool)> {
+    /// How many bytes went, and whether the socket is full now.
+    fn send_some(&self, stream: &mut Stream, table: &Table) -> io::Result<(usize, bool)> {
         let mut parts = Vec::with_capacity(2 * self.queue.len());
-        let mut payload_follows = false;
         for (header, cookie) in &self.queue {
             parts.push(IoSlice::new(header.as_bytes()));
-            payload_follows = stream.lends() && table.pages_to_lend(*cookie).is_some();
-            if payload_follows {
-                break;
-            }
             match table.data_to_send(*cookie) {
                 [] => {}
                 data => parts.push(IoSlice::new(data)),
@@ -86,7 +70,7 @@ impl Requests {
         let mut rest = parts.as_mut_slice();
         IoSlice::advance_slices(&mut rest, self.front_sent);
         let length: usize = rest.iter().map(|part| part.len()).sum();
-        let sent = stream.send(rest, payload_follows)?;
+        let sent = stream.send(rest)?;
         Ok((sent, sent < length && stream.short_means_full()))
     }
 

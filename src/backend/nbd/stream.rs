@@ -6,8 +6,6 @@ use std::sync::Arc;
 use rustls::ClientConnection;
 use socket2::Socket;
 
-use super::pages::Pages;
-
 /// What one [`Stream::receive`] brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
@@ -21,7 +19,7 @@ pub struct Received {
 /// How many system calls a connection has cost: the price of a request is their share.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SystemCalls {
-    /// `sendmsg`, and `splice` to the socket
+    /// `sendmsg`
     pub sends: u64,
     /// `recvmsg`
     pub receives: u64,
@@ -40,23 +38,13 @@ pub struct Stream {
     /// Without it payloads go between the socket and the caller's buffers; with it the cryptography
     /// copies them anyway.
     tls: Option<Box<Tls>>,
-    lending: Lending,
-}
-
-/// Whether payloads can be sent by their pages.
-enum Lending {
-    /// As far as is known, and none was yet.
-    Untried,
-    Tried(Pages),
-    /// They are copied.
-    Impossible,
 }
 
 impl Stream {
     /// Without TLS.
     pub fn plain(socket: Arc<Socket>) -> Stream {
         let socket = Counted { socket, calls: SystemCalls::default() };
-        Stream { socket, tls: None, lending: Lending::Untried }
+        Stream { socket, tls: None }
     }
 
     /// Over an established TLS session.
@@ -65,8 +53,7 @@ impl Stream {
         session.set_buffer_limit(None);
         let ciphertext = vec![0; CIPHERTEXT_BYTES].into_boxed_slice();
         let tls = Tls { session, ciphertext, start: 0, end: 0 };
-        let lending = Lending::Impossible;
-        Stream { tls: Some(Box::new(tls)), lending, ..Stream::plain(socket) }
+        Stream { tls: Some(Box::new(tls)), ..Stream::plain(socket) }
     }
 
     /// The system calls so far.
@@ -80,58 +67,10 @@ impl Stream {
     }
 
     /// Sends from the front of `parts`; returns how many bytes it took. `WouldBlock`: none for now.
-    ///
-    /// `more`: a payload follows at once by [`Stream::send_pages`].
-    pub fn send(&mut self, parts: &[IoSlice<'_>], more: bool) -> io::Result<usize> {
-        if let Lending::Tried(pages) = &self.lending
-            && pages.holds_some()
-        {
-            // A payload of which the rest is copied after all.
-            self.lending = Lending::Untried;
-        }
+    pub fn send(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         match &mut self.tls {
-            None => self.socket.send(parts, if more { libc::MSG_MORE } else { 0 }),
+            None => self.socket.send(parts),
             Some(tls) => tls.send(&mut self.socket, parts),
-        }
-    }
-
-    /// Whether payloads can go by [`Stream::send_pages`].
-    pub fn lends(&self) -> bool {
-        !matches!(self.lending, Lending::Impossible)
-    }
-
-    /// Sends from the front of `data` without copying it; returns how many bytes it took. `WouldBlock`: none for now.
-    /// Zero: it cannot, and [`Stream::lends`] says so from now on.
-    ///
-    /// The server may read the pages until it has answered, and longer if it never does.
-    pub fn send_pages(&mut self, data: &[u8]) -> io::Result<usize> {
-        if matches!(self.lending, Lending::Untried) {
-            self.lending = match Pages::new() {
-                Ok(pages) => Lending::Tried(pages),
-                Err(error) => {
-                    log::debug!("payloads are copied to the socket: a pipe: {error}");
-                    Lending::Impossible
-                }
-            };
-        }
-        let Lending::Tried(pages) = &mut self.lending else { return Ok(0) };
-        self.socket.calls.sends += 1;
-        match pages.send(&self.socket.socket, data) {
-            // A kind of socket, or a seccomp filter, that does not know it.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EINVAL | libc::ENOSYS | libc::EPERM)
-                ) =>
-            {
-                log::debug!("payloads are copied to the socket: {error}");
-                self.lending = Lending::Impossible;
-                Ok(0)
-            }
-            Err(error) if error.kind() == ErrorKind::Interrupted => {
-                Err(ErrorKind::WouldBlock.into())
-            }
-            sent => sent,
         }
     }
 
@@ -173,10 +112,10 @@ struct Counted {
 }
 
 impl Counted {
-    fn send(&mut self, parts: &[IoSlice<'_>], flags: libc::c_int) -> io::Result<usize> {
+    fn send(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         loop {
             self.calls.sends += 1;
-            match self.socket.send_vectored_with_flags(parts, libc::MSG_NOSIGNAL | flags) {
+            match self.socket.send_vectored_with_flags(parts, libc::MSG_NOSIGNAL) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 sent => return sent,
             }
@@ -219,11 +158,11 @@ struct Records<'a>(&'a mut Counted);
 
 impl Write for Records<'_> {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.0.send(&[IoSlice::new(data)], 0)
+        self.0.send(&[IoSlice::new(data)])
     }
 
     fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.0.send(parts, 0)
+        self.0.send(parts)
     }
 
     fn flush(&mut self) -> io::Result<()> {

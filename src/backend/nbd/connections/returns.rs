@@ -20,7 +20,6 @@ use smol::Timer;
 use super::super::LAST_FLUSH_LIMIT;
 use super::super::commands::{Commands, all};
 use super::super::connection::Connection;
-use super::super::inflight::Sending;
 use super::super::unflushed::Change;
 use super::super::wire::transmission_flag;
 use super::{Connections, Member, Shared};
@@ -178,9 +177,7 @@ impl Connections {
                     return commands.flush().await;
                 }
                 let write = async |(offset, change)| match change {
-                    Change::Data(data) => {
-                        commands.write(offset, data, Sending::Copied, false).await.map(drop)
-                    }
+                    Change::Data(data) => commands.write(offset, data, false).await,
                     Change::Zero(length, how) => commands.zero(offset, length, how).await,
                     Change::Durable(_) => Ok(()),
                 };

@@ -15,7 +15,6 @@ use socket2::Socket;
 use super::super::connection::Connection;
 use super::super::dial::{Export, Opened};
 use super::super::handshake::BlockSizes;
-use super::super::inflight::Sending::{ByPages, Copied};
 use super::super::inflight::{Extent, Failure};
 use super::super::stream::Stream;
 use super::super::wire::{Command, Headers};
@@ -137,8 +136,8 @@ fn an_error_fails_its_request_alone() {
     drive(&connection, async |_| {
         assert_eq!(errno(connection.read(0, &mut [0; 100]).await), libc::ENOSPC);
         assert_eq!(errno(connection.read(0, &mut [0; 100]).await), libc::EIO);
-        assert_eq!(errno(connection.write(0, &[0; 100], Copied, 0).await), libc::EPERM);
-        connection.write(0, &[0; 100], Copied, 0).await.unwrap();
+        assert_eq!(errno(connection.write(0, &[0; 100], 0).await), libc::EPERM);
+        connection.write(0, &[0; 100], 0).await.unwrap();
     });
     assert!(!connection.is_lost());
     peer.join().unwrap();
@@ -284,16 +283,16 @@ fn a_dropped_write_still_arrives_whole() {
     });
     drive(&connection, async |_| {
         let data = vec![5; length];
-        drop_half_sent(connection.write(0, &data, Copied, 0)).await;
+        drop_half_sent(connection.write(0, &data, 0)).await;
         drop(data);
         tell.send(()).unwrap();
-        connection.write(0, &[6; 3], Copied, 0).await.unwrap();
+        connection.write(0, &[6; 3], 0).await.unwrap();
     });
     peer.join().unwrap();
 }
 
 #[test]
-fn writes_by_their_pages_arrive_whole_and_in_order() {
+fn long_writes_arrive_whole_and_in_order() {
     let length = 4 << 20;
     let (tell, told) = mpsc::channel();
     let (connection, peer) = connection(Headers::Structured, move |mut peer| {
@@ -306,15 +305,14 @@ fn writes_by_their_pages_arrive_whole_and_in_order() {
     });
     drive(&connection, async |_| {
         let (dropped, long) = (vec![5; length], vec![6; length]);
-        drop_half_sent(connection.write(5, &dropped, ByPages, 0)).await;
+        drop_half_sent(connection.write(5, &dropped, 0)).await;
+        // What is left of it goes from a copy.
+        drop(dropped);
         tell.send(()).unwrap();
         let last = vec![8; length];
-        let others =
-            zip(connection.write(7, &[7; 3], ByPages, 0), connection.write(8, &last, ByPages, 0));
-        let (long, (short, last)) = zip(connection.write(6, &long, ByPages, 0), others).await;
+        let others = zip(connection.write(7, &[7; 3], 0), connection.write(8, &last, 0));
+        let (long, (short, last)) = zip(connection.write(6, &long, 0), others).await;
         long.and(short).and(last).unwrap();
-        // Its pages were lent, and this write was dropped: they are not given to others before the end.
-        drop(dropped);
     });
     peer.join().unwrap();
 }
@@ -331,7 +329,7 @@ fn a_write_that_was_not_sent_has_not_succeeded() {
     });
     drive(&connection, async |_| {
         let data = vec![5; 4 << 20];
-        assert_eq!(errno(connection.write(0, &data, ByPages, 0).await), libc::EIO);
+        assert_eq!(errno(connection.write(0, &data, 0).await), libc::EIO);
         assert!(!connection.is_lost());
     });
     tell.send(()).unwrap();
@@ -357,9 +355,9 @@ fn an_answer_before_the_last_byte_was_sent_is_an_answer() {
     });
     drive(&connection, async |_| {
         let data = vec![5; length];
-        assert_eq!(errno(connection.write(0, &data, Copied, 0).await), libc::ENOSPC);
+        assert_eq!(errno(connection.write(0, &data, 0).await), libc::ENOSPC);
         drop(data);
-        connection.write(0, &[6; 3], Copied, 0).await.unwrap();
+        connection.write(0, &[6; 3], 0).await.unwrap();
     });
     peer.join().unwrap();
 }
@@ -374,7 +372,7 @@ fn a_server_that_hangs_up_fails_all_requests_present_and_future() {
         let (mut a, mut b) = ([0; 10], [0; 10]);
         let (a, b) = zip(connection.read(0, &mut a), connection.read(0, &mut b)).await;
         assert_eq!((errno(a), errno(b)), (libc::EIO, libc::EIO));
-        assert_eq!(errno(connection.write(0, &[1], Copied, 0).await), libc::EIO);
+        assert_eq!(errno(connection.write(0, &[1], 0).await), libc::EIO);
     });
     assert!(connection.is_lost());
     peer.join().unwrap();
@@ -492,7 +490,7 @@ fn a_connection_that_is_given_up_takes_back_what_was_not_received() {
     let _driver =
         connection.driver(&io, timeout, move |why| *told.borrow_mut() = Some(why.to_owned()));
     let data = vec![1; LENGTH];
-    let written = smol::block_on(executor.run(connection.write(0, &data, Copied, 0)));
+    let written = smol::block_on(executor.run(connection.write(0, &data, 0)));
     assert!(matches!(written, Err(Failure::Lost)), "{written:?}");
     assert!(reason.borrow().as_ref().is_some_and(|why| why.contains("no answer")));
     let mut received = 0;
