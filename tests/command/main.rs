@@ -137,7 +137,7 @@ const REFUSALS: &[Refusal] = &[
     Refusal {
         name: "no_partition_table",
         words: &["--partition=1", "mem:1M", "{}/disk"],
-        says: &["mem:1048576", "no partition table", "--offset"],
+        says: &["mem:1M", "no partition table", "--offset"],
         ..SOURCE
     },
     Refusal {
