@@ -21,6 +21,11 @@ impl Errno {
     pub const ENOSYS: Errno = Errno(libc::ENOSYS);
     pub const EOPNOTSUPP: Errno = Errno(libc::EOPNOTSUPP);
 
+    /// Whether it tells of something that went wrong. Some answers are no: there is no such operation, attribute, data or hole.
+    pub fn is_failure(self) -> bool {
+        ![libc::ENOSYS, libc::ENODATA, libc::ENXIO].contains(&self.0)
+    }
+
     /// The value as `struct fuse_out_header` wants it: negative.
     pub fn wire(self) -> i32 {
         -self.0

@@ -19,6 +19,7 @@ use crate::fuse::notify::Notifier;
 use crate::fuse::reply::Reply;
 use crate::fuse::request::Op;
 use crate::open_files::{Access, Flushes, OpenFiles};
+use crate::report::Reporter;
 
 /// What a truncation does to a disk whose size is fixed.
 ///
@@ -79,6 +80,7 @@ pub struct Export<B> {
     flushes: Flushes,
     closed: Arc<AtomicBool>,
     notifier: OnceLock<Notifier>,
+    reporter: OnceLock<Reporter>,
     /// The control thread, see [`Export::take_exceeded_size`].
     control: OnceLock<Arc<Poller>>,
     size_exceeded: Mutex<SizeExceeded>,
@@ -177,6 +179,7 @@ impl<B: Backend> Export<B> {
             flushes: Flushes::default(),
             closed,
             notifier: OnceLock::new(),
+            reporter: OnceLock::new(),
             control: OnceLock::new(),
             size_exceeded: Mutex::new(SizeExceeded::No),
             size_unknown: AtomicBool::new(policy.cache == Cache::Writeback),
@@ -189,6 +192,16 @@ impl<B: Backend> Export<B> {
     /// How the kernel is told of changes that its page cache does not know of; set before the first request.
     pub fn set_notifier(&self, notifier: Notifier) {
         let _ = self.notifier.set(notifier);
+    }
+
+    /// Where its report comes from; set before the first request.
+    pub fn set_reporter(&self, reporter: Reporter) {
+        let _ = self.reporter.set(reporter);
+    }
+
+    /// What it tells of itself, as one line of JSON. It waits for nobody, whatever the source does.
+    pub fn report(&self) -> Option<String> {
+        Some(self.reporter.get()?.line(&*self.backend))
     }
 
     /// With write-back: the kernel has been told the size, and files may be opened.

@@ -5,8 +5,10 @@ use serde::Serialize;
 use crate::backend::Backend;
 use crate::backend::file::FileBackend;
 use crate::backend::nbd::info::ExportInfo;
-use crate::logging::{is_unprintable, printable};
+use crate::logging::printable;
 use crate::partitions::{self, Table};
+
+pub use crate::logging::is_unprintable;
 
 /// What is known of a local source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -86,7 +88,7 @@ pub fn text(info: &impl Serialize, json: bool) -> Result<String, serde_json::Err
 }
 
 /// JSON leaves some in strings that are no control characters to it. Its own line ends are.
-fn escaped(json: &str) -> String {
+pub fn escaped(json: &str) -> String {
     let mut text = String::with_capacity(json.len());
     for c in json.chars() {
         if c != '\n' && is_unprintable(c) {

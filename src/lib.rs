@@ -77,6 +77,7 @@ pub mod partitions;
 pub mod place;
 pub mod pool;
 pub mod privileges;
+pub mod report;
 pub mod run;
 pub mod server;
 pub mod session;

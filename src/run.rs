@@ -29,6 +29,7 @@ use crate::info::{self, Listing, LocalInfo, RemoteInfo};
 use crate::mount::{self, Mount, Mountpoint, Unmounted};
 use crate::own_folder::OwnFolder;
 use crate::partitions::{self, Table};
+use crate::report::Reporter;
 use crate::server::Server;
 use crate::session::{self, Session};
 use crate::signals::{Signals, Wish};
@@ -339,7 +340,10 @@ fn serve<B: Backend>(
         .map_err(|e| Failure::Source(format!("{}: {e}", config.words)))?;
     let export = Arc::new(export);
     export.set_control(control.poller.clone());
-    let stats = control.stats.clone();
+    let stats = Arc::<Stats>::default();
+    export.set_reporter(Reporter { source: config.words.clone(), stats: stats.clone() });
+    let reporting = export.clone();
+    control.report = Box::new(move || reporting.report().unwrap_or_default());
     let options = session::Options {
         io_uring,
         queue_depth: config.queue_depth,
@@ -494,9 +498,8 @@ struct Ended {
 struct Control {
     poller: Arc<Poller>,
     signals: Signals,
-    /// For SIGUSR1: of which source, and how much was served.
-    source: String,
-    stats: Arc<Stats>,
+    /// For SIGUSR1.
+    report: Box<dyn Fn() -> String>,
     /// Tells when something is mounted or unmounted here.
     mounts: File,
     /// The command of `--run` would inherit it.
@@ -530,8 +533,7 @@ impl Control {
         Ok(Control {
             poller,
             signals,
-            source,
-            stats: Arc::default(),
+            report: Box::new(move || format!("{source}: nothing is served yet")),
             mounts,
             became_io_flusher,
             events: Events::new(),
@@ -556,7 +558,7 @@ impl Control {
         let signal = self.signals.next()?;
         if signal.is_some_and(|signal| signal.wish() == Wish::Statistics) {
             // It was asked for: whatever RUST_LOG says.
-            logging::say(&format!("{}: {}", self.source, self.stats.summary()));
+            logging::say(&(self.report)());
         }
         Ok(signal.filter(|signal| signal.wish() == Wish::End))
     }

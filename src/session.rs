@@ -16,7 +16,7 @@ use crate::export::{Cache, Export};
 use crate::fuse::abi::{self, InHeader, InitIn, InitOut, OutHeader, Plain, init, opcode};
 use crate::fuse::notify::Notifier;
 use crate::interrupts::Interrupts;
-use crate::stats::{Stats, Transport};
+use crate::stats::{Serving, Stats, Transport};
 use crate::sys;
 use crate::transport::cpus::Cpus;
 use crate::transport::legacy::{Baton, Worker};
@@ -105,8 +105,9 @@ type End = (String, Result<(), Option<io::Error>>);
 struct Rings {
     proceed: Vec<mpsc::Sender<()>>,
     progress: mpsc::Receiver<Progress>,
-    /// How many requests may be in flight.
+    /// How many requests may be in flight, in all and for each thread.
     requests: usize,
+    depth: usize,
 }
 
 impl Session {
@@ -141,7 +142,8 @@ impl Session {
             },
         };
         let worker_depth = options.queue_depth.unwrap_or(WORKER_DEPTH);
-        let ring_requests = rings.as_ref().map_or(0, |rings| rings.requests);
+        let (ring_requests, ring_depth) =
+            rings.as_ref().map_or((0, 0), |rings| (rings.requests, rings.depth));
         let in_flight = ring_requests.max(worker_depth * worker_count());
         let mut wanted = WANTED;
         if rings.is_some() {
@@ -188,6 +190,8 @@ impl Session {
                 .map_err(|e| format!("a thread cannot be started: {e}"))?;
         }
         let transport = if by_ring { Transport::Uring } else { Transport::Legacy };
+        let queue_depth = if by_ring { ring_depth } else { worker_depth };
+        stats.set_serving(Serving { transport, queue_depth });
         log::info!("serving by {transport}, {} threads", session.running);
         Ok(session)
     }
@@ -242,7 +246,7 @@ impl Session {
                 other => return Err(format!("a thread has ended early: {other:?}")),
             }
         }
-        Ok(Rings { proceed, progress, requests })
+        Ok(Rings { proceed, progress, requests, depth: depths.most })
     }
 
     fn spawn(

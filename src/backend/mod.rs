@@ -13,6 +13,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
+
 use crate::io::Io;
 
 pub mod file;
@@ -81,6 +83,33 @@ pub enum Zero {
     Keep,
 }
 
+/// How it stands with a server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct RemoteStats {
+    /// Connections that there are; none: it is away.
+    pub connections: usize,
+    /// Connections that were lost.
+    pub lost_connections: u64,
+    /// How often all were lost, and it came back.
+    pub reconnects: u64,
+    /// Requests that wait for it to come back.
+    pub waiting: usize,
+    /// What of acknowledged data is kept, to be written again after its crash, in bytes; none: nothing is kept.
+    pub unflushed_bytes: Option<u64>,
+    /// Reads that were answered, in part at least, by what was read ahead, ...
+    pub read_ahead_hits: u64,
+    /// ... with so many bytes ...
+    pub read_ahead_hit_bytes: u64,
+    /// ... of so many that were read ahead.
+    pub read_ahead_bytes: u64,
+    /// Reads that were answered, in part at least, by what is known of holes, ...
+    pub hole_hits: u64,
+    /// ... with so many bytes.
+    pub hole_hit_bytes: u64,
+    /// How often it was asked for holes.
+    pub hole_requests: u64,
+}
+
 /// A source of bytes, shared by the serving threads.
 pub trait Backend: Send + Sync + 'static {
     /// How one thread reaches the bytes.
@@ -116,6 +145,11 @@ pub trait Backend: Send + Sync + 'static {
 
     /// The export is about to end: nothing is to wait any more for a source that is away.
     fn hurry(&self) {}
+
+    /// How it stands with the server that the bytes come from, if they come from one. It asks nobody.
+    fn stats(&self) -> Option<RemoteStats> {
+        None
+    }
 
     /// Makes everything acknowledged durable, blocking, and takes leave of the source; called once when all serving
     /// threads have ended, also where nothing could be written. A source that is away is waited for as long as `patience`.

@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Backend, Capabilities, Lane, Seek, Stat, Zero};
+use super::{Backend, Capabilities, Lane, RemoteStats, Seek, Stat, Zero};
 use crate::io::Io;
 
 /// What `stat` counts in, in bytes.
@@ -92,6 +92,10 @@ impl<B: Backend> Backend for Part<B> {
 
     fn hurry(&self) {
         self.whole.hurry();
+    }
+
+    fn stats(&self) -> Option<RemoteStats> {
+        self.whole.stats()
     }
 
     fn last_flush(&self, patience: Duration) -> io::Result<()> {

@@ -135,7 +135,7 @@ impl Channel {
                 let Some(memory) = self.take_free() else { break None };
                 match self.read(memory) {
                     Ok(slot) => {
-                        pace.work_at(Instant::now());
+                        pace.work_at(slot.arrived());
                         in_a_row += 1;
                         if in_a_row == BACKLOG || slot.request_len() >= LONG {
                             break Some(slot);
@@ -221,6 +221,7 @@ impl Channel {
         loop {
             match sys::read(&self.device, &mut memory.bytes_mut()[READ_AT..]) {
                 Ok(len) if len >= size_of::<InHeader>() => {
+                    memory.has_arrived(Instant::now());
                     let header: InHeader = memory.head_struct(READ_AT);
                     let args = (READ_AT + size_of::<InHeader>(), len - size_of::<InHeader>());
                     return Ok(Slot::new(memory, header, args, self.clone()));

@@ -18,7 +18,7 @@ use crate::fuse::reply::Reply;
 use crate::fuse::request::Op;
 use crate::interrupts::{self, Interrupts, Waiting};
 use crate::pool;
-use crate::stats::ThreadStats;
+use crate::stats::{Operation, ThreadStats};
 use slot::Slot;
 
 pub mod cpus;
@@ -119,26 +119,20 @@ impl<B: Backend> Server<B> {
     }
 
     async fn answer(self: Rc<Self>, mut slot: Slot) {
+        let arrived = slot.arrived();
         let op = match slot.op() {
             Ok(op) => op,
             Err(errno) => {
                 log::debug!("opcode {}: {errno:?}", slot.opcode());
-                self.stats.others.add(1);
-                self.stats.errors.add(1);
+                let counts = &self.stats.other;
+                counts.arrived(0);
+                counts.answered(arrived.elapsed(), errno.is_failure());
                 return slot.reply(Err(errno));
             }
         };
-        match op {
-            Op::Read { size, .. } => {
-                self.stats.reads.add(1);
-                self.stats.read_bytes.add(u64::from(size));
-            }
-            Op::Write { size, .. } => {
-                self.stats.writes.add(1);
-                self.stats.write_bytes.add(u64::from(size));
-            }
-            Op::Interrupt { unique } => self.interrupts.interrupt(unique),
-            _ => self.stats.others.add(1),
+        let counts = self.count(op);
+        if let Op::Interrupt { unique } = op {
+            self.interrupts.interrupt(unique);
         }
         let (unique, client) = (slot.unique(), slot.client());
         let answer = {
@@ -151,6 +145,11 @@ impl<B: Backend> Server<B> {
                 WaitsFor::Memory | WaitsFor::Disk => handled.await,
             }
         };
+        // Before the answer goes: whoever has it finds it counted.
+        if let Some(counts) = counts {
+            let has_failed = answer.as_ref().is_err_and(|errno| errno.is_failure());
+            counts.answered(arrived.elapsed(), has_failed);
+        }
         match answer {
             Ok(Reply::Unanswered) => slot.discard(),
             Ok(reply) => {
@@ -159,10 +158,22 @@ impl<B: Backend> Server<B> {
             }
             Err(errno) => {
                 log::debug!("{op:?}: {errno:?}");
-                self.stats.errors.add(1);
                 slot.reply(Err(errno));
             }
         }
+    }
+
+    /// Counts its arrival; where its answer is to be counted, if it has one.
+    fn count(&self, op: Op) -> Option<&Operation> {
+        let (operation, bytes) = match op {
+            Op::Read { size, .. } => (&self.stats.read, size),
+            Op::Write { size, .. } => (&self.stats.write, size),
+            Op::Fsync { .. } | Op::Flush { .. } => (&self.stats.flush, 0),
+            Op::Interrupt { .. } | Op::Unanswered => return None,
+            _ => (&self.stats.other, 0),
+        };
+        operation.arrived(bytes);
+        Some(operation)
     }
 
     /// Gives `handled` up, which may be dropped, when its client is being ended.

@@ -21,7 +21,7 @@ use std::io;
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::errno::Errno;
 use crate::fuse::abi::{InHeader, Plain};
@@ -93,6 +93,8 @@ struct Piece {
     kept: bool,
     /// How much of the payload may be resident, in bytes.
     touched: usize,
+    /// When the request in it arrived.
+    arrived: Instant,
     /// Mapped as long as any of its pieces is left.
     _arena: Arc<Arena>,
 }
@@ -105,6 +107,7 @@ impl Memory {
     /// out, or memory may not be promised that is not there (vm.overcommit_memory).
     pub fn allocate(queues: &[u16]) -> io::Result<Vec<Memory>> {
         let arena = Arc::new(Arena::new(queues.len())?);
+        let now = Instant::now();
         Ok(queues
             .iter()
             .enumerate()
@@ -116,6 +119,7 @@ impl Memory {
                     queue,
                     kept: false,
                     touched: 0,
+                    arrived: now,
                     _arena: arena.clone(),
                 }))
             })
@@ -125,6 +129,11 @@ impl Memory {
     /// The kernel's queue that it belongs to.
     pub fn queue(&self) -> u16 {
         self.0.queue
+    }
+
+    /// A request has arrived in it.
+    pub fn has_arrived(&mut self, at: Instant) {
+        self.0.arrived = at;
     }
 
     /// Keeps it with the thread that it is registered by.
@@ -248,6 +257,11 @@ impl Slot {
     /// The thread that has made it, or 0 if it is of another PID namespace.
     pub fn client(&self) -> u32 {
         self.header.pid
+    }
+
+    /// When it arrived here.
+    pub fn arrived(&self) -> Instant {
+        self.memory().0.arrived
     }
 
     /// The length of the request or of the data that it asks for, in bytes: how much is copied for it.

@@ -162,7 +162,10 @@ impl<B: Backend> RingThread<B> {
         }
         let mut refused = None;
         entries.reap(|completed| match completed {
-            Ok(memory) => drop(self.queues.route(here, memory)),
+            Ok(mut memory) => {
+                memory.has_arrived(Instant::now());
+                self.queues.route(here, memory);
+            }
             Err(e) => refused = Some(e),
         });
         reporter.report(match refused {
@@ -308,8 +311,11 @@ impl<B: Backend> Loop<B> {
     /// Takes the completions that are there; whether there were any.
     fn reap(&mut self) -> io::Result<bool> {
         let mut may_run_dry = None;
+        // One for all that have come together.
+        let mut now = None;
         let reaped = self.entries.reap(|completed| {
-            let Ok(memory) = completed else { return self.connection_end.note() };
+            let Ok(mut memory) = completed else { return self.connection_end.note() };
+            memory.has_arrived(*now.get_or_insert_with(Instant::now));
             let large = queues::is_large(&memory);
             // More could have come at once. Not so with large ones that are copied: fewer of them stay in
             // the cache.
@@ -321,7 +327,7 @@ impl<B: Backend> Loop<B> {
             }
         });
         if reaped > 0 {
-            self.pace.work_at(Instant::now());
+            self.pace.work_at(now.unwrap_or_else(Instant::now));
         }
         if let Some(queue) = may_run_dry {
             self.grow_if_dry(queue)?;

@@ -33,6 +33,7 @@ use super::dial::{Dialer, Export, Opened};
 use super::stream::SystemCalls;
 use super::unflushed::Unflushed;
 use super::wire::transmission_flag;
+use crate::backend::RemoteStats;
 use crate::io::Io;
 use crate::pool;
 
@@ -85,6 +86,9 @@ struct Shared {
     pause: Duration,
     /// Those of connections that are gone.
     system_calls: SystemCalls,
+    lost: u64,
+    /// How often the server came back.
+    returns: u64,
 }
 
 struct Member {
@@ -133,6 +137,8 @@ impl Connections {
                 is_another: false,
                 pause: Duration::ZERO,
                 system_calls: SystemCalls::default(),
+                lost: 0,
+                returns: 0,
             }),
         })
     }
@@ -147,6 +153,16 @@ impl Connections {
         let shared = self.shared();
         let each = shared.all.iter().map(|member| member.connection.system_calls());
         each.fold(shared.system_calls, SystemCalls::plus)
+    }
+
+    /// Adds what is known here.
+    pub fn add_stats(&self, stats: &mut RemoteStats) {
+        stats.waiting = self.waiting.load(Ordering::Relaxed);
+        stats.unflushed_bytes = self.unflushed.bytes();
+        let shared = self.shared();
+        stats.connections = shared.all.iter().filter(|one| !one.connection.is_lost()).count();
+        stats.lost_connections = shared.lost;
+        stats.reconnects = shared.returns;
     }
 
     /// What was agreed on with the server.

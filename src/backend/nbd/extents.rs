@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 use slab::Slab;
 
 use super::inflight::{Extent, MAX_EXTENTS};
-use crate::backend::Seek;
+use crate::backend::{RemoteStats, Seek};
 
 /// How long an answer is believed, counted from its question.
 const LIFE: Duration = Duration::from_secs(1);
@@ -73,6 +73,8 @@ struct State {
     reach: u64,
     /// How many there were.
     asked: u64,
+    /// Reads that known holes were left out of, and how much of them, in bytes.
+    left_out: (u64, u64),
     /// Where the last reads have ended, so that reads in order are told from others.
     ends: [u64; READERS],
     next_end: usize,
@@ -111,7 +113,16 @@ impl Extents {
 
     /// Looks what of `range` is known to be zeroes, before a read of it.
     pub fn look(&self, range: Range<u64>) -> Look {
-        self.with(|state| state.look(range))
+        self.with(|state| {
+            let length = range.end - range.start;
+            let look = state.look(range);
+            let left_out = length - (look.read.end - look.read.start);
+            if left_out > 0 {
+                state.left_out.0 += 1;
+                state.left_out.1 += left_out;
+            }
+            look
+        })
     }
 
     /// A BLOCK_STATUS is about to be sent. It must not ask for more than `longest` bytes.
@@ -134,6 +145,13 @@ impl Extents {
     /// Forgets everything.
     pub fn forget_all(&self) {
         self.forget(&(0..u64::MAX));
+    }
+
+    /// Adds what is known here.
+    pub fn add_stats(&self, stats: &mut RemoteStats) {
+        let state = self.lock();
+        (stats.hole_hits, stats.hole_hit_bytes) = state.left_out;
+        stats.hole_requests = state.asked;
     }
 
     /// How many BLOCK_STATUS there have been.
@@ -234,6 +252,7 @@ impl Default for State {
             asks: Slab::new(),
             reach: FIRST_REACH,
             asked: 0,
+            left_out: (0, 0),
             ends: [u64::MAX; READERS],
             next_end: 0,
         }
@@ -389,6 +408,10 @@ mod tests {
         assert_eq!(look(400..600), Look { read: 500..600, ask_from: Some(500) });
         drop(extents.changing(300..301));
         assert_eq!(look(260..400), Look { read: 300..301, ask_from: None });
+        let mut stats = RemoteStats::default();
+        extents.add_stats(&mut stats);
+        assert_eq!((stats.hole_hits, stats.hole_hit_bytes), (5, 150 + 3 * 100 + 139));
+        assert_eq!(stats.hole_requests, 1);
     }
 
     /// What is known, and that neighbours differ.

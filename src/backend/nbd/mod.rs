@@ -39,7 +39,7 @@ use self::holes::Sparse;
 use self::unflushed::{Reserved, Unflushed};
 use self::wire::transmission_flag;
 use super::range_lock::RangeLock;
-use super::{Backend, Capabilities, Lane, Seek, Stat, WaitsFor, Zero};
+use super::{Backend, Capabilities, Lane, RemoteStats, Seek, Stat, WaitsFor, Zero};
 use crate::io::Io;
 
 pub use self::error::Error;
@@ -235,6 +235,14 @@ impl Backend for NbdBackend {
 
     fn hurry(&self) {
         self.connections.hurry();
+    }
+
+    fn stats(&self) -> Option<RemoteStats> {
+        let mut stats = RemoteStats::default();
+        self.connections.add_stats(&mut stats);
+        self.ahead.add_stats(&mut stats);
+        self.extents.add_stats(&mut stats);
+        Some(stats)
     }
 
     /// Flushes over any connection that still works, if anything was written, then says goodbye on

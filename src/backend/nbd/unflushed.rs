@@ -68,6 +68,7 @@ struct State {
     store: Store,
     /// It is being written again: there is no room meanwhile.
     is_taken: bool,
+    taken_bytes: u64,
     reserved_bytes: usize,
     reserved_writes: usize,
 }
@@ -117,6 +118,7 @@ impl Unflushed {
             state: Mutex::new(State {
                 store: Store::new(bytes.max(LEAST)),
                 is_taken: false,
+                taken_bytes: 0,
                 reserved_bytes: 0,
                 reserved_writes: 0,
             }),
@@ -137,6 +139,12 @@ impl Unflushed {
     /// Whether anything is not known to be durable.
     pub fn any(&self) -> bool {
         self.flushed.load(Ordering::SeqCst) < self.mark()
+    }
+
+    /// How much data is kept, in bytes; none: nothing is.
+    pub fn bytes(&self) -> Option<u64> {
+        let state = self.kept.as_ref()?.state();
+        Some(state.store.bytes + state.taken_bytes)
     }
 
     /// What a FLUSH that begins now will cover.
@@ -224,6 +232,7 @@ impl Unflushed {
             Some(kept) => {
                 let mut state = kept.state();
                 state.is_taken = true;
+                state.taken_bytes = state.store.bytes;
                 let empty = state.store.empty();
                 Some(Again { store: std::mem::replace(&mut state.store, empty), mark })
             }
@@ -256,7 +265,7 @@ impl Unflushed {
     fn give_back(&self, store: Store) {
         if let Some(kept) = &self.kept {
             let mut state = kept.state();
-            (state.store, state.is_taken) = (store, false);
+            (state.store, state.is_taken, state.taken_bytes) = (store, false, 0);
             kept.is_due.store(state.store.is_half_full(), Ordering::Relaxed);
         }
     }
@@ -367,6 +376,8 @@ impl Again {
 struct Store {
     /// By where they start.
     extents: BTreeMap<u64, Extent>,
+    /// How much data they have, all together.
+    bytes: u64,
     logs: [Log; 2],
     current: usize,
     /// What a log holds at most, in bytes.
@@ -491,6 +502,7 @@ impl Store {
     fn put(&mut self, start: u64, extent: Extent) {
         if let Content::In(log, _) = extent.content {
             self.logs[log].extents += 1;
+            self.bytes += extent.end - start;
         }
         self.extents.insert(start, extent);
     }
@@ -499,6 +511,7 @@ impl Store {
         let extent = self.extents.remove(&start)?;
         if let Content::In(log, _) = extent.content {
             self.logs[log].extents -= 1;
+            self.bytes -= extent.end - start;
         }
         Some(extent)
     }
@@ -529,13 +542,14 @@ impl Store {
     }
 
     fn drop_to(&mut self, mark: u64) {
-        let logs = &mut self.logs;
-        self.extents.retain(|_, extent| {
+        let (logs, bytes) = (&mut self.logs, &mut self.bytes);
+        self.extents.retain(|start, extent| {
             if extent.number > mark {
                 return true;
             }
             if let Content::In(log, _) = extent.content {
                 logs[log].extents -= 1;
+                *bytes -= extent.end - start;
             }
             false
         });
@@ -565,7 +579,14 @@ mod tests {
 
     /// What is kept, put upon `disk`.
     fn apply(all: &Unflushed, disk: &mut [u8]) {
+        let kept = all.bytes();
         let Some(again) = all.take() else { return };
+        assert_eq!(all.bytes(), kept);
+        let data = |(_, change): (u64, Change<'_>)| match change {
+            Change::Data(data) => data.len() as u64,
+            _ => 0,
+        };
+        assert_eq!(kept, Some(again.changes().map(data).sum()));
         for (offset, change) in again.changes() {
             let place = &mut disk[offset as usize..][..change.length() as usize];
             match change {

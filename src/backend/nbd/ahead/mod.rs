@@ -50,6 +50,7 @@ use self::buffers::{Buffer, Buffers};
 use self::streams::STOPPED;
 use self::table::{Chunk, Expiry, Fetch, Found, Plan, Table};
 use super::commands::all;
+use crate::backend::RemoteStats;
 use crate::io::Io;
 
 mod buffers;
@@ -79,6 +80,8 @@ pub struct Ahead {
     table: Mutex<Table>,
     fetched_bytes: AtomicU64,
     used_bytes: AtomicU64,
+    /// How often.
+    used: AtomicU64,
 }
 
 impl Ahead {
@@ -107,6 +110,13 @@ impl Ahead {
         let writing = Writing { ahead: self, range };
         writing.take_out();
         writing
+    }
+
+    /// Adds what is known here.
+    pub fn add_stats(&self, stats: &mut RemoteStats) {
+        stats.read_ahead_bytes = self.fetched_bytes.load(Ordering::Relaxed);
+        stats.read_ahead_hits = self.used.load(Ordering::Relaxed);
+        stats.read_ahead_hit_bytes = self.used_bytes.load(Ordering::Relaxed);
     }
 
     /// Says in the log what it was good for.
@@ -239,6 +249,7 @@ impl<S: Source> Reads<S> {
                 let at = (part.start % CHUNK) as usize;
                 bytes.copy_from_slice(&content.bytes()[at..at + bytes.len()]);
                 self.ahead.used_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                self.ahead.used.fetch_add(1, Ordering::Relaxed);
                 Ok(())
             }
             // Taken out by a write, or not to be had: then the reader hears the reason himself.

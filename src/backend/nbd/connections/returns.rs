@@ -47,6 +47,7 @@ impl Connections {
     pub(super) fn lost(self: &Arc<Self>, connection: &Arc<Connection>, reason: &str) {
         let uri = self.dialer.uri();
         let mut shared = self.shared();
+        shared.lost += 1;
         shared.all.retain(|member| !Arc::ptr_eq(&member.connection, connection));
         shared.system_calls = shared.system_calls.plus(connection.system_calls());
         self.version.fetch_add(1, Ordering::Release);
@@ -149,6 +150,7 @@ impl Connections {
         }
         self.may_open.store(shared.most > 1, Ordering::Release);
         shared.all.push(Member { connection, home: None });
+        shared.returns += 1;
         shared.find_homes();
         self.version.fetch_add(1, Ordering::Release);
         self.refuses.store(false, Ordering::SeqCst);
