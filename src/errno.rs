@@ -19,11 +19,14 @@ impl Errno {
     pub const ENOSPC: Errno = Errno(libc::ENOSPC);
     pub const EROFS: Errno = Errno(libc::EROFS);
     pub const ENOSYS: Errno = Errno(libc::ENOSYS);
+    pub const ENODATA: Errno = Errno(libc::ENODATA);
+    pub const ERANGE: Errno = Errno(libc::ERANGE);
     pub const EOPNOTSUPP: Errno = Errno(libc::EOPNOTSUPP);
 
-    /// Whether it tells of something that went wrong. Some answers are no: there is no such operation, attribute, data or hole.
+    /// Whether it tells of something that went wrong, and not only that there is no such operation, attribute (or no room for
+    /// its value), data or hole.
     pub fn is_failure(self) -> bool {
-        ![libc::ENOSYS, libc::ENODATA, libc::ENXIO].contains(&self.0)
+        ![libc::ENOSYS, libc::ENODATA, libc::ERANGE, libc::ENXIO].contains(&self.0)
     }
 
     /// The value as `struct fuse_out_header` wants it: negative.

@@ -3,6 +3,7 @@
 //! It knows no transport and no wire format: an [`Op`] and a payload come in, a [`Reply`] or an
 //! [`Errno`] goes out. Any number of operations run at once, on any thread.
 
+use std::ffi::CStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
@@ -64,6 +65,27 @@ pub struct Policy {
     pub uid: u32,
     /// The file's group.
     pub gid: u32,
+}
+
+/// The extended attributes of the file. There are no others: what sets or removes one is not answered (ENOSYS), so that the
+/// kernel says `EOPNOTSUPP`.
+pub const ATTRIBUTE_SOURCE: &CStr = c"user.diskfuse.source";
+/// See [`Export::report`].
+pub const ATTRIBUTE_STATS: &CStr = c"user.diskfuse.stats";
+/// The counters may be so much longer, in bytes, when who has asked for the length asks for the value.
+const STATS_GROWTH: usize = 1024;
+
+/// Puts the value of an extended attribute, or the list of names, into the payload if there is `room` for it. Who asks for
+/// its length is told `growth` bytes more.
+fn xattr(value: &[u8], growth: usize, room: u32, payload: &mut [u8]) -> Result<Reply, Errno> {
+    match room as usize {
+        0 => Ok(Reply::XattrLen((value.len() + growth) as u32)),
+        room if room < value.len() => Err(Errno::ERANGE),
+        _ => {
+            payload[..value.len()].copy_from_slice(value);
+            Ok(Reply::Data(value.len()))
+        }
+    }
 }
 
 /// One exported disk.
@@ -266,7 +288,8 @@ impl<B: Backend> Export<B> {
         self.open_files.any_failure() || self.write_back_failed.load(Ordering::Relaxed)
     }
 
-    /// Carries out `op`. A WRITE's data is at the front of `payload`; a READ's goes there.
+    /// Carries out `op`. A WRITE's data, and a GETXATTR's name, is at the front of `payload`; a READ's data and an
+    /// attribute's value goes there.
     pub async fn handle(&self, lane: &B::Lane, op: Op, payload: &mut [u8]) -> Result<Reply, Errno> {
         match op {
             Op::Release { handle } => {
@@ -317,6 +340,25 @@ impl<B: Backend> Export<B> {
             Op::Fallocate { offset, len, mode } => self.fallocate(lane, offset, len, mode).await,
             Op::Lseek { offset, whence } => self.lseek(lane, offset, whence).await,
             Op::Statfs => Ok(Reply::Statfs(self.statfs())),
+            Op::Getxattr { room } => {
+                let (value, growth) = self.attribute(payload).ok_or(Errno::ENODATA)?;
+                xattr(value.as_bytes(), growth, room, payload)
+            }
+            Op::Listxattr { room } => {
+                let names = [ATTRIBUTE_SOURCE, ATTRIBUTE_STATS].map(CStr::to_bytes_with_nul);
+                xattr(&names.concat(), 0, room, payload)
+            }
+        }
+    }
+
+    /// The value of the extended attribute of which `payload` has the name, and how many bytes it may grow soon.
+    fn attribute(&self, payload: &[u8]) -> Option<(String, usize)> {
+        const LONGEST: usize = 255;
+        let name = CStr::from_bytes_until_nul(&payload[..=LONGEST]).ok()?;
+        match name {
+            _ if name == ATTRIBUTE_SOURCE => Some((self.reporter.get()?.source.clone(), 0)),
+            _ if name == ATTRIBUTE_STATS => Some((self.report()?, STATS_GROWTH)),
+            _ => None,
         }
     }
 

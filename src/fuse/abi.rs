@@ -26,6 +26,8 @@ pub mod opcode {
     pub const STATFS: u32 = 17;
     pub const RELEASE: u32 = 18;
     pub const FSYNC: u32 = 20;
+    pub const GETXATTR: u32 = 22;
+    pub const LISTXATTR: u32 = 23;
     pub const FLUSH: u32 = 25;
     pub const INIT: u32 = 26;
     pub const INTERRUPT: u32 = 36;
@@ -322,6 +324,24 @@ pub struct NotifyInvalInodeOut {
     pub len: i64,
 }
 
+/// `struct fuse_getxattr_in`, of GETXATTR and LISTXATTR
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct XattrIn {
+    pub size: u32,
+    pub padding: u32,
+}
+
+/// `struct fuse_getxattr_out`, of GETXATTR and LISTXATTR
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct XattrOut {
+    pub size: u32,
+    pub padding: u32,
+}
+
 /// `struct fuse_statfs_out` (its only member is a `struct fuse_kstatfs`)
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -415,7 +435,7 @@ impl UringCmdReq {
 plain! {
     InHeader: 40, OutHeader: 16, InitIn: 64, InitOut: 64, Attr: 88, AttrOut: 104, SetattrIn: 88,
     OpenIn: 8, OpenOut: 16, HandleIn: 8, InterruptIn: 8, ReadWriteIn: 40, WriteOut: 8, StatfsOut: 80,
-    FallocateIn: 32, NotifyInvalInodeOut: 24, GetattrIn: 16,
+    FallocateIn: 32, NotifyInvalInodeOut: 24, GetattrIn: 16, XattrIn: 8, XattrOut: 8,
     LseekIn: 24, LseekOut: 8, UringEntInOut: 32, UringCmdReq: 24,
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::abi::{Attr, AttrOut, LseekOut, OpenOut, Plain, StatfsOut, WriteOut};
+use super::abi::{Attr, AttrOut, LseekOut, OpenOut, Plain, StatfsOut, WriteOut, XattrOut};
 
 /// A successful answer.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +29,8 @@ pub enum Reply {
     },
     /// `statfs`
     Statfs(StatfsOut),
+    /// The length of an attribute's value, or of all names, in bytes
+    XattrLen(u32),
     /// Where data or a hole begins, in bytes
     Seek(u64),
     /// None is expected.
@@ -55,6 +57,7 @@ impl Reply {
                 put(payload, OpenOut { fh: handle, open_flags: flags, backing_id: 0 })
             }
             Reply::Statfs(statfs) => put(payload, statfs),
+            Reply::XattrLen(size) => put(payload, XattrOut { size, padding: 0 }),
             Reply::Seek(offset) => put(payload, LseekOut { offset }),
         }
     }
@@ -79,6 +82,7 @@ mod tests {
         assert_eq!(len(Reply::Opened { handle: 3, flags: 1 }, &mut payload), 16);
         assert_eq!(payload[..9], [3, 0, 0, 0, 0, 0, 0, 0, 1]);
         assert_eq!(len(Reply::Statfs(StatfsOut::default()), &mut payload), 80);
+        assert_eq!(len(Reply::XattrLen(5), &mut payload), 8);
         assert_eq!(len(Reply::Seek(9), &mut payload), 8);
     }
 }

@@ -5,7 +5,7 @@
 
 use super::abi::{
     self, FallocateIn, GetattrIn, HandleIn, InHeader, InterruptIn, LseekIn, OpenIn, Plain,
-    ReadWriteIn, SetattrIn, opcode,
+    ReadWriteIn, SetattrIn, XattrIn, opcode,
 };
 use crate::errno::Errno;
 
@@ -78,6 +78,16 @@ pub enum Op {
         offset: u64,
         /// `SEEK_*`
         whence: u32,
+    },
+    /// `getxattr`; the name is in the payload, and a zero byte behind it
+    Getxattr {
+        /// The room for the value, in bytes; 0: only its length is asked for
+        room: u32,
+    },
+    /// `listxattr`
+    Listxattr {
+        /// The room for the names, in bytes; 0: only their length is asked for
+        room: u32,
     },
     /// The end of a mount that has a block device; there is nothing to do beyond answering.
     Destroy,
@@ -155,6 +165,14 @@ impl Op {
                 let arg = LseekIn::read(args);
                 Op::Lseek { offset: arg.offset, whence: arg.whence }
             }
+            opcode::GETXATTR => {
+                need(size_of::<XattrIn>())?;
+                Op::Getxattr { room: XattrIn::read(args).size }
+            }
+            opcode::LISTXATTR => {
+                need(size_of::<XattrIn>())?;
+                Op::Listxattr { room: XattrIn::read(args).size }
+            }
             opcode::DESTROY => Op::Destroy,
             _ => return Err(Errno::ENOSYS),
         })
@@ -208,6 +226,8 @@ mod tests {
             opcode::FSYNC,
             opcode::FLUSH,
             opcode::RELEASE,
+            opcode::GETXATTR,
+            opcode::LISTXATTR,
         ] {
             assert_eq!(Op::decode(&header(code), &[0; 7], 4096).unwrap_err(), Errno::EINVAL);
         }

@@ -31,7 +31,7 @@ use super::slot::{BURST_OVER, HEAD_LEN, Home, Memory, Slot};
 use crate::backend::Backend;
 use crate::errno::Errno;
 use crate::export::Export;
-use crate::fuse::abi::{InHeader, OutHeader, Plain, ReadWriteIn};
+use crate::fuse::abi::{InHeader, OutHeader, Plain, ReadWriteIn, XattrIn, opcode};
 use crate::interrupts::Interrupts;
 use crate::io::Io;
 use crate::session::ConnectionEnd;
@@ -224,6 +224,12 @@ impl Channel {
                     memory.has_arrived(Instant::now());
                     let header: InHeader = memory.head_struct(READ_AT);
                     let args = (READ_AT + size_of::<InHeader>(), len - size_of::<InHeader>());
+                    if header.opcode == opcode::GETXATTR {
+                        // Where a ring has it.
+                        let end = READ_AT + len;
+                        let name = (args.0 + size_of::<XattrIn>()).min(end)..end;
+                        memory.bytes_mut().copy_within(name, HEAD_LEN);
+                    }
                     return Ok(Slot::new(memory, header, args, self.clone()));
                 }
                 Ok(len) => {

@@ -12,6 +12,7 @@ mod io;
 mod modes;
 mod mounting;
 mod parts;
+mod report;
 mod size;
 
 use std::process::ExitCode;
@@ -106,6 +107,9 @@ fn main() -> ExitCode {
         parts::part_that_is_not_there_is_refused ["sfdisk"] if |k| TABLES.contains(&k.name),
         parts::info_shows_the_partitions ["sfdisk"]
             if |k| TABLES.contains(&k.name) || k.name == "nbd-crate",
+        report::report_counts_what_was_asked,
+        report::attributes_are_listed_and_cannot_be_changed,
+        report::writes_do_not_ask_for_attributes,
         // 17-19
         errors::error_fails_only_the_requests_that_touch_it ["blockdev"] if |k| k.name.starts_with("loop"),
         errors::device_with_a_bad_end_is_served_read_only ["blockdev"] if |k| k.name.starts_with("loop"),

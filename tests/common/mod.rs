@@ -96,6 +96,19 @@ pub fn assert_errno<T: std::fmt::Debug, E: Into<std::io::Error>>(
     assert_eq!(actual, Some(expected), "{expected_error} is expected, not {result:?}");
 }
 
+/// What an export tells of itself.
+#[track_caller]
+pub fn report(file: &std::path::Path) -> serde_json::Value {
+    let mut line = vec![0; 64 << 10];
+    let len = rustix::fs::getxattr(file, "user.diskfuse.stats", &mut line).expect("it tells");
+    serde_json::from_slice(&line[..len]).expect("it is JSON")
+}
+
+#[track_caller]
+pub fn number(value: &serde_json::Value) -> u64 {
+    value.as_u64().unwrap_or_else(|| panic!("{value} is no number"))
+}
+
 /// Whether this process is root's.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()

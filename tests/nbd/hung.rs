@@ -16,7 +16,7 @@ use crate::common::export::{Ended, Export, Running, binary, pid};
 use crate::common::nbd::{Address, Server};
 use crate::common::sandbox::{Sandbox, Tight};
 use crate::common::writer::Holder;
-use crate::common::{eventually, mounts, noise, program, within};
+use crate::common::{eventually, mounts, noise, number, program, report, within};
 use crate::{Bench, SIZE, open};
 
 /// For an end that waits for nothing.
@@ -94,6 +94,16 @@ fn stopped_server(bench: &Bench, end: fn(&Export)) {
     let ended = export.ended_within(GIVEN_UP);
     ended.assert(0, &[]);
     assert!(!client.wait().unwrap().success(), "it was answered");
+}
+
+pub fn report_is_told_beside_a_stopped_server(bench: &Bench) {
+    stopped_server(bench, |export| {
+        let report = report(export.file());
+        let reads = report["transports"].as_object().unwrap().values();
+        let in_flight = reads.map(|counts| number(&counts["read"]["in_flight"]));
+        assert!(in_flight.sum::<u64>() > 0, "{report}");
+        assert!(mounts::abort(export.connection()));
+    });
 }
 
 pub fn abort_ends_it_beside_a_stopped_server(bench: &Bench) {

@@ -11,6 +11,7 @@ mod hosts;
 mod hung;
 mod lost;
 mod refusals;
+mod report;
 mod returns;
 mod scripts;
 mod servers;
@@ -131,6 +132,8 @@ fn main() -> ExitCode {
         returns::another_disk_is_refused ["nbdkit"],
         returns::server_that_stops_for_a_while_is_waited_for ["qemu-nbd"],
         returns::start_waits_for_the_server ["nbdkit"],
+        report::report_follows_a_server_that_goes_and_comes_back ["nbdkit"],
+        hung::report_is_told_beside_a_stopped_server ["root", "nbdkit"],
         hung::pidfile_that_waits_for_the_first_read_can_be_given_up ["root", "nbdkit"],
         hung::daemon_that_waits_for_the_first_read_can_be_given_up ["root", "nbdkit"],
         hung::command_that_waits_for_the_first_read_can_be_given_up ["root", "nbdkit"],

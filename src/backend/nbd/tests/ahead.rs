@@ -91,6 +91,9 @@ fn reads_beside_writes(backend: &Arc<NbdBackend>) {
         }
     });
     assert!(backend.ahead.used_bytes() > 4 * backend.size(), "{:?}", backend.ahead);
+    let stats = backend.stats().unwrap();
+    assert_eq!(stats.read_ahead_hit_bytes, backend.ahead.used_bytes());
+    assert!(stats.read_ahead_hits > 0 && stats.read_ahead_bytes > 0, "{stats:?}");
     backend.last_flush(Duration::ZERO).unwrap();
 }
 
