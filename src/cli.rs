@@ -141,7 +141,11 @@ struct Words {
     #[argh(option, arg_name = "source")]
     info: Option<String>,
 
-    /// print --info or --list as JSON
+    /// print what is exported here, and end
+    #[argh(switch)]
+    mounts: bool,
+
+    /// print --info, --list or --mounts as JSON
     #[argh(switch)]
     json: bool,
 
@@ -287,6 +291,11 @@ pub enum Command {
         json: bool,
         /// How to reach it.
         remote: nbd::Options,
+    },
+    /// Say what is exported here.
+    Mounts {
+        /// As JSON.
+        json: bool,
     },
     /// Make what is mounted already read-only, or writable again.
     Remount {
@@ -477,7 +486,7 @@ struct MountOptions {
 }
 
 fn takes_no_value(name: &str) -> bool {
-    SWITCHES.contains(&name) || ["json", "help", "version"].contains(&name)
+    SWITCHES.contains(&name) || ["json", "mounts", "help", "version"].contains(&name)
 }
 
 fn takes_next_word(word: &str) -> bool {
@@ -540,6 +549,13 @@ impl Words {
             connections: self.connections.as_deref().map(parse_connections).transpose()?,
         };
         let json = self.json;
+        if self.mounts {
+            return match (&self.info, &self.list, self.operands.first()) {
+                (None, None, None) => Ok(Command::Mounts { json }),
+                (_, _, Some(word)) => Err(usage(format!("--mounts takes no operand {word}"))),
+                _ => Err(usage("--mounts, --info and --list exclude each other")),
+            };
+        }
         match (&self.info, &self.list, self.operands.first()) {
             (Some(_), Some(_), _) => return Err(usage("--info and --list exclude each other")),
             (Some(_), _, Some(word)) => {
@@ -566,7 +582,7 @@ impl Words {
                     _ => Err(usage(format!("--list wants an NBD URI, not {uri}"))),
                 };
             }
-            _ if json => return Err(usage("--json goes with --info and --list")),
+            _ if json => return Err(usage("--json goes with --info, --list and --mounts")),
             _ => {}
         }
         let read_only = self.read_only || mount.read_only;
@@ -1088,6 +1104,10 @@ mod tests {
         assert!(matches!(words("--list nbd://host"), Ok(Command::List { json: false, .. })));
         assert!(error("--list disk.img").contains("NBD URI"));
         assert!(error("--list nbd://host --info a").contains("exclude"));
+        assert_eq!(words("--mounts --json"), Ok(Command::Mounts { json: true }));
+        assert!(error("--mounts a").contains("takes no operand a"));
+        assert!(error("--mounts --list nbd://host").contains("exclude"));
+        assert!(error("--mounts=yes").contains("takes no value"));
     }
 
     #[test]

@@ -58,6 +58,7 @@
 //! | `backend::nbd::stream_copy` | vectors of bytes, aligned where they are written |
 //! | [`pool`] | a buffer on loan stays borrowed until the work has ended |
 
+pub mod ask;
 pub mod backend;
 pub mod cli;
 pub mod daemon;
@@ -71,6 +72,7 @@ pub mod io;
 pub mod locks;
 pub mod logging;
 pub mod mount;
+pub mod mounts;
 pub mod open_files;
 pub mod own_folder;
 pub mod partitions;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use diskfuse::cli::{self, Command, Config, Source};
 use diskfuse::daemon::{self, Process};
-use diskfuse::{errands, logging, mount, own_folder, run, server};
+use diskfuse::{ask, errands, logging, mount, mounts, own_folder, run, server};
 
 /// Exit status for a command line that makes no sense.
 const USAGE: u8 = 2;
@@ -16,7 +16,8 @@ const MOUNT: u8 = 4;
 fn main() -> ExitCode {
     let called = errands::run_if_called()
         .or_else(own_folder::run_if_called)
-        .or_else(server::become_if_called);
+        .or_else(server::become_if_called)
+        .or_else(ask::run_if_called);
     if let Some(status) = called {
         return status;
     }
@@ -39,6 +40,10 @@ fn serve_or_tell() -> ExitCode {
             answer(run::info(&source, &words, json, &remote))
         }
         Ok(Command::List { uri, json, remote }) => answer(run::list(&uri, json, &remote)),
+        Ok(Command::Mounts { json }) => match mounts::list(json) {
+            Ok(text) => print(&text),
+            Err(e) => fail(&format!("the mounts cannot be listed: {e}"), 1),
+        },
         Ok(Command::Remount { mountpoint, read_only }) => {
             match mount::remount(&mountpoint, read_only) {
                 Ok(()) => ExitCode::SUCCESS,

@@ -8,10 +8,11 @@
 //! place. What is there is looked at without I/O, and told from what else could be there by numbers that are never
 //! given out twice.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -585,9 +586,42 @@ fn is_mounted(path: &Path) -> bool {
     Place::named(path).is_ok_and(|place| matches!(mountinfo_entry(place.path()), Ok(Some(_))))
 }
 
+/// A mount of this program, of whichever process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mounted {
+    /// The file.
+    pub path: PathBuf,
+    /// The source, in the words of whoever has exported it.
+    pub source: String,
+    /// Something is mounted on top of it, so that its path leads there.
+    pub is_covered: bool,
+}
+
+/// All of them in this mount namespace.
+pub fn all() -> io::Result<Vec<Mounted>> {
+    let text = fs::read(MOUNTINFO);
+    let text = text.map_err(|e| io::Error::new(e.kind(), format!("{MOUNTINFO}: {e}")))?;
+    Ok(all_in(&text))
+}
+
+fn all_in(mountinfo: &[u8]) -> Vec<Mounted> {
+    let entries = entries(mountinfo);
+    let covers = |below: &Entry| {
+        entries.iter().any(|entry| entry.parent == below.id && entry.path == below.path)
+    };
+    let ours = entries.iter().filter(|entry| entry.fs_type == FS_TYPE);
+    let mounted = ours.map(|entry| Mounted {
+        path: entry.path.clone(),
+        source: entry.source.clone(),
+        is_covered: covers(entry),
+    });
+    mounted.collect()
+}
+
 /// A line of /proc/self/mountinfo.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Entry {
+    path: PathBuf,
     id: u64,
     /// What it is mounted on.
     parent: u64,
@@ -610,18 +644,18 @@ fn mountinfo_entry(path: &Path) -> io::Result<Option<Entry>> {
 
 /// All that is mounted on `path`, in the order of mountinfo: what is mounted on top of another comes after it.
 fn entries_at(mountinfo: &[u8], path: &Path) -> Vec<Entry> {
-    use std::os::unix::ffi::OsStrExt;
-    let wanted = path.as_os_str().as_bytes();
+    entries(mountinfo).into_iter().filter(|entry| entry.path == path).collect()
+}
+
+fn entries(mountinfo: &[u8]) -> Vec<Entry> {
     let parse = |line: &[u8]| {
         let fields: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
-        if unescape(fields.get(4)?) != wanted {
-            return None;
-        }
         let separator = fields.iter().position(|f| *f == b"-")?;
         let text = |i: usize| Some(String::from_utf8_lossy(&unescape(fields.get(i)?)).into_owned());
         let device = text(2)?;
         let (major, minor) = device.split_once(':')?;
         Some(Entry {
+            path: OsString::from_vec(unescape(fields.get(4)?)).into(),
             id: text(0)?.parse().ok()?,
             parent: text(1)?.parse().ok()?,
             device: rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?),
@@ -691,7 +725,17 @@ mod tests {
         let (fs_type, source) = (FS_TYPE.to_owned(), "/img x".to_owned());
         let device = rustix::fs::makedev(0, 50);
         let is_read_only = false;
-        assert_eq!(found, [Entry { id: 40, parent: 22, device, fs_type, source, is_read_only }]);
+        let path = "/tmp/a b".into();
+        let entry = Entry { path, id: 40, parent: 22, device, fs_type, source, is_read_only };
+        assert_eq!(found, [entry]);
+    }
+
+    #[test]
+    fn all_mounts_of_this_program_are_found() {
+        let all = all_in(MOUNTS);
+        let found: Vec<_> = all.iter().map(|m| (m.path.to_str().unwrap(), m.is_covered)).collect();
+        assert_eq!(found, [("/tmp/a b", false), ("/tmp/c", true)]);
+        assert_eq!(all[0].source, "/img x");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod daemon;
+mod mounts;
 mod processes;
 mod signals;
 
@@ -370,8 +371,11 @@ fn main() -> ExitCode {
         trial("other_names_need_a_link".into(), vec!["fuse"], other_names_need_a_link),
         trial("nothing_is_said_without_need".into(), vec!["fuse"], nothing_is_said_without_need),
     ];
-    let elsewhere =
-        processes::trials().into_iter().chain(signals::trials()).chain(daemon::trials());
+    let elsewhere = processes::trials()
+        .into_iter()
+        .chain(signals::trials())
+        .chain(mounts::trials())
+        .chain(daemon::trials());
     let trials: Vec<Trial> = refusals.chain(others).chain(elsewhere).collect();
     run_trials(trials)
 }
