@@ -344,10 +344,8 @@ impl<B: Backend> Export<B> {
                 let (value, growth) = self.attribute(payload).ok_or(Errno::ENODATA)?;
                 xattr(value.as_bytes(), growth, room, payload)
             }
-            Op::Listxattr { room } => {
-                let names = [ATTRIBUTE_SOURCE, ATTRIBUTE_STATS].map(CStr::to_bytes_with_nul);
-                xattr(&names.concat(), 0, room, payload)
-            }
+            // cp -a, rsync -X and tar --xattrs would keep what is listed with their copies.
+            Op::Listxattr { room } => xattr(&[], 0, room, payload),
         }
     }
 

@@ -108,7 +108,7 @@ fn main() -> ExitCode {
         parts::info_shows_the_partitions ["sfdisk"]
             if |k| TABLES.contains(&k.name) || k.name == "nbd-crate",
         report::report_counts_what_was_asked,
-        report::attributes_are_listed_and_cannot_be_changed,
+        report::attributes_are_told_and_cannot_be_changed,
         report::writes_do_not_ask_for_attributes,
         // 17-19
         errors::error_fails_only_the_requests_that_touch_it ["blockdev"] if |k| k.name.starts_with("loop"),
