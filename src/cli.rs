@@ -397,6 +397,11 @@ const QUEUE_DEPTHS: std::ops::RangeInclusive<usize> = 1..=4096;
 
 /// Understands the words after the program's name.
 pub fn parse(words: &[String]) -> Result<Command, UsageError> {
+    parse_as(words, false)
+}
+
+/// The same; what `-o` has that nobody knows is left out if it `is_sloppy`, as mount(8) may ask its helpers to be.
+pub fn parse_as(words: &[String], is_sloppy: bool) -> Result<Command, UsageError> {
     let (words, server) = take_server(words)?;
     // argh has no `--name=value`, which shell users expect.
     let mut split = Vec::new();
@@ -425,7 +430,7 @@ pub fn parse(words: &[String]) -> Result<Command, UsageError> {
     }
     let split: Vec<&str> = split.iter().map(String::as_str).collect();
     match Words::from_args(&["diskfuse"], &split) {
-        Ok(words) => words.into_command(server),
+        Ok(words) => words.into_command(server, is_sloppy),
         Err(EarlyExit { output, status: Ok(()) }) => Ok(Command::Print(output)),
         Err(EarlyExit { output, .. }) => Err(usage(output.trim().replace('\n', " "))),
     }
@@ -475,6 +480,8 @@ fn take_server(words: &[String]) -> Result<(Vec<String>, Option<Vec<String>>), U
 /// What `-o` says that no other option does.
 #[derive(Default)]
 struct MountOptions {
+    /// Unknown ones are left out.
+    is_sloppy: bool,
     /// What is mounted already is to be read-only, or writable again.
     remount: bool,
     /// An option that the kernel shows of a mount, which mount(8) gives back to remount it.
@@ -496,13 +503,17 @@ fn takes_next_word(word: &str) -> bool {
 }
 
 impl Words {
-    fn into_command(mut self, server: Option<Vec<String>>) -> Result<Command, UsageError> {
+    fn into_command(
+        mut self,
+        server: Option<Vec<String>>,
+        is_sloppy: bool,
+    ) -> Result<Command, UsageError> {
         if self.version {
             return Ok(Command::Print(
                 concat!("diskfuse ", env!("CARGO_PKG_VERSION"), "\n").into(),
             ));
         }
-        let mut mount = MountOptions::default();
+        let mut mount = MountOptions { is_sloppy, ..MountOptions::default() };
         for list in std::mem::take(&mut self.options) {
             for option in split_options(&list)?.iter().filter(|o| !o.is_empty()) {
                 self.mount_option(option, &mut mount)?;
@@ -715,6 +726,7 @@ impl Words {
             {
                 return Err(usage(format!("-o {name} takes no value")));
             }
+            _ if mount.is_sloppy => {}
             _ => return Err(usage(format!("-o {name}: no such option"))),
         }
         Ok(())
@@ -992,6 +1004,16 @@ mod tests {
         assert!(error("a -o remount").contains("MOUNTPOINT"));
         assert!(error("a b -o remount --run true").contains("MOUNTPOINT only"));
         assert!(error("a b -o remount=ro").contains("takes no value"));
+    }
+
+    #[test]
+    fn unknown_mount_options_may_be_left_out() {
+        let words = ["a", "b", "-o", "nonsense,ro,more=x"].map(str::to_owned);
+        let sloppy = parse_as(&words, true);
+        assert!(matches!(sloppy, Ok(Command::Serve(config)) if config == self::config("-r a b")));
+        assert!(parse_as(&words, false).is_err());
+        // What is known, and wrong, is an error all the same.
+        assert!(parse_as(&["a", "b", "-o", "uid=x"].map(str::to_owned), true).is_err());
     }
 
     #[test]

@@ -5,7 +5,6 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::process::ExitCode;
 
 use rustix::fs::OFlags;
 use rustix::process::Signal;
@@ -23,7 +22,7 @@ pub struct Background {
 #[derive(Debug)]
 pub enum Process {
     /// The one that the user started; it is to end with this status.
-    Foreground(ExitCode),
+    Foreground(u8),
     /// The one that serves.
     Background(Background),
 }
@@ -52,8 +51,8 @@ pub fn split<'a>(paths: impl IntoIterator<Item = &'a Path>) -> io::Result<Proces
     drop(writer);
     let mut byte = [0];
     Ok(Process::Foreground(match ready.read(&mut byte)? {
-        1 => ExitCode::SUCCESS,
-        _ => ExitCode::from(sys::wait_for(child)?),
+        1 => 0,
+        _ => sys::wait_for(child)?,
     }))
 }
 

@@ -72,6 +72,7 @@ pub mod io;
 pub mod locks;
 pub mod logging;
 pub mod mount;
+pub mod mount_helper;
 pub mod mounts;
 pub mod open_files;
 pub mod own_folder;

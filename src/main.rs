@@ -1,12 +1,13 @@
 //! The program: words → [`diskfuse::cli`] → [`diskfuse::run`] → exit status.
 
+use std::ffi::OsString;
 use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
 use diskfuse::cli::{self, Command, Config, Source};
 use diskfuse::daemon::{self, Process};
-use diskfuse::{ask, errands, logging, mount, mounts, own_folder, run, server};
+use diskfuse::{ask, errands, logging, mount, mount_helper, mounts, own_folder, run, server};
 
 /// Exit status for a command line that makes no sense.
 const USAGE: u8 = 2;
@@ -21,18 +22,19 @@ fn main() -> ExitCode {
     if let Some(status) = called {
         return status;
     }
-    let status = serve_or_tell();
+    let mut words = std::env::args_os();
+    let as_helper = words.next().is_some_and(|name| mount_helper::is_called(&name));
+    let status = match (act(words, as_helper), as_helper) {
+        (USAGE, true) => mount_helper::USAGE,
+        (1.., true) => mount_helper::FAILURE,
+        (status, _) => status,
+    };
     logging::finish();
-    status
+    ExitCode::from(status)
 }
 
-fn serve_or_tell() -> ExitCode {
-    let words: Result<Vec<String>, _> =
-        std::env::args_os().skip(1).map(std::ffi::OsString::into_string).collect();
-    let command = match words {
-        Ok(words) => cli::parse(&words).map_err(|e| e.to_string()),
-        Err(word) => Err(format!("{}: not UTF-8: use a symbolic link that is", word.display())),
-    };
+fn act(words: impl Iterator<Item = OsString>, as_helper: bool) -> u8 {
+    let command = understand(words, as_helper);
     logging::start();
     match command {
         Ok(Command::Print(text)) => print(&text),
@@ -46,7 +48,7 @@ fn serve_or_tell() -> ExitCode {
         },
         Ok(Command::Remount { mountpoint, read_only }) => {
             match mount::remount(&mountpoint, read_only) {
-                Ok(()) => ExitCode::SUCCESS,
+                Ok(()) => 0,
                 Err(e) => fail(&e.to_string(), MOUNT),
             }
         }
@@ -55,14 +57,44 @@ fn serve_or_tell() -> ExitCode {
     }
 }
 
-fn answer(result: Result<String, run::Failure>) -> ExitCode {
+fn understand(words: impl Iterator<Item = OsString>, as_helper: bool) -> Result<Command, String> {
+    let words = words.map(|word| {
+        let not_utf8 =
+            |word: OsString| format!("{}: not UTF-8: use a symbolic link that is", word.display());
+        word.into_string().map_err(not_utf8)
+    });
+    let words: Vec<String> = words.collect::<Result<_, _>>()?;
+    if !as_helper {
+        let mut command = cli::parse(&words).map_err(|e| e.to_string())?;
+        if let Command::Serve(config) = &mut command
+            && config.run.is_none()
+        {
+            config.daemonize |= mount_helper::is_called_by_mount_fuse(&words);
+        }
+        return Ok(command);
+    }
+    let call = mount_helper::parse(&words)?;
+    let command = cli::parse_as(&call.words, call.is_sloppy).map_err(|e| e.to_string())?;
+    if let Some(namespace) = &call.namespace {
+        let entered = mount::enter(namespace);
+        entered.map_err(|e| format!("{}: no such namespace: {e}", namespace.display()))?;
+    }
+    match command {
+        Command::Serve(_) | Command::Remount { .. } if call.is_fake => {
+            Ok(Command::Print(String::new()))
+        }
+        command => Ok(command),
+    }
+}
+
+fn answer(result: Result<String, run::Failure>) -> u8 {
     match result {
         Ok(text) => print(&text),
         Err(failure) => fail(&failure.to_string(), failure.status()),
     }
 }
 
-fn serve(config: &Config) -> ExitCode {
+fn serve(config: &Config) -> u8 {
     if let Some(why) = pidfile_is_taken(config) {
         return fail(&why, 1);
     }
@@ -73,7 +105,7 @@ fn serve(config: &Config) -> ExitCode {
         Err(e) => return fail(&format!("no second process: {e}"), 1),
     };
     match run::run(config, background) {
-        Ok(status) => ExitCode::from(status),
+        Ok(status) => status,
         Err(failure) => fail(&failure.to_string(), failure.status()),
     }
 }
@@ -92,16 +124,16 @@ fn pidfile_is_taken(config: &Config) -> Option<String> {
     Some(format!("{pidfile}: is not a pidfile but {what}: choose a path where nothing is"))
 }
 
-fn fail(why: &str, status: u8) -> ExitCode {
+fn fail(why: &str, status: u8) -> u8 {
     logging::say(why);
-    ExitCode::from(status)
+    status
 }
 
-fn print(text: &str) -> ExitCode {
+fn print(text: &str) -> u8 {
     let mut out = std::io::stdout();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         // Who closes the pipe early does not want the rest.
         Err(e) if e.kind() != ErrorKind::BrokenPipe => fail(&format!("standard output: {e}"), 1),
-        _ => ExitCode::SUCCESS,
+        _ => 0,
     }
 }

@@ -11,7 +11,7 @@
 use std::ffi::{CString, OsString};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
@@ -21,6 +21,7 @@ use std::process::{Command, Stdio};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags};
+use rustix::thread::LinkNameSpaceType;
 
 use crate::errands::{Errand, Running};
 use crate::place::{Place, Seen};
@@ -104,9 +105,11 @@ impl Mountpoint {
             Err(e) => return Err(fail(&e.to_string())),
         };
         if metadata.is_dir() {
-            return Err(fail(
-                "is a directory: the mountpoint must be a regular file (it is created if missing)",
-            ));
+            return Err(fail(&format!(
+                "is a directory: the mountpoint must be a regular file (systemd makes a directory of one that is \
+                 missing: rmdir {0} && touch {0})",
+                path.display()
+            )));
         }
         if !metadata.is_file() {
             return Err(fail("is not a regular file: the mountpoint must be one"));
@@ -550,6 +553,13 @@ pub fn remount(path: &Path, read_only: bool) -> Result<(), MountError> {
         Some(libc::EPERM) => fail("only root can: unmount it, and export it with or without -r"),
         _ => failed(e),
     })
+}
+
+/// Has this process see, and mount in, another mount namespace. While there is one thread only.
+pub fn enter(namespace: &Path) -> io::Result<()> {
+    let namespace = File::open(namespace)?;
+    let kind = Some(LinkNameSpaceType::Mount);
+    Ok(rustix::thread::move_into_link_name_space(namespace.as_fd(), kind)?)
 }
 
 /// Whether a file cannot be looked at because nobody serves it: ECONNABORTED while the kernel is still ending the

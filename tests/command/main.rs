@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod daemon;
+mod helper;
 mod mounts;
 mod processes;
 mod signals;
@@ -371,11 +372,9 @@ fn main() -> ExitCode {
         trial("other_names_need_a_link".into(), vec!["fuse"], other_names_need_a_link),
         trial("nothing_is_said_without_need".into(), vec!["fuse"], nothing_is_said_without_need),
     ];
-    let elsewhere = processes::trials()
-        .into_iter()
-        .chain(signals::trials())
-        .chain(mounts::trials())
-        .chain(daemon::trials());
+    let elsewhere = processes::trials().into_iter().chain(signals::trials());
+    let elsewhere = elsewhere.chain(daemon::trials()).chain(helper::trials());
+    let elsewhere = elsewhere.chain(mounts::trials());
     let trials: Vec<Trial> = refusals.chain(others).chain(elsewhere).collect();
     run_trials(trials)
 }
@@ -491,7 +490,7 @@ fn mount_and_fstab_know_it() {
     let line = line
         .replace("/srv/vm1.img", &format!("{folder}/image"))
         .replace("/srv/vm1", &format!("{folder}/disk"))
-        .replace("daemonize", &format!("daemonize,pidfile={folder}/pid"));
+        .replace("nofail", &format!("nofail,pidfile={folder}/pid"));
     fs::write(sandbox.join("fstab"), line + "\n").unwrap();
     let address = Address::unix(&sandbox);
     let _server = Server::nbdkit(&address, ["memory", "1M"]);

@@ -1,0 +1,156 @@
+//! mount(8): by the helper mount.diskfuse, and through mount.fuse3.
+
+use std::fs;
+use std::process::{Command, Stdio};
+
+use libtest_mimic::Trial;
+
+use crate::common::ability::Ability;
+use crate::common::export::binary;
+use crate::common::sandbox::Sandbox;
+use crate::common::suite::trial;
+use crate::common::{eventually, mounts, program, succeed};
+
+const MOUNT: [Ability; 4] = ["root", "fuse", "mount.fuse3", "findmnt"];
+
+pub fn trials() -> Vec<Trial> {
+    let trial =
+        |name: &str, script| trial(format!("mount/{name}"), MOUNT.to_vec(), move || run(script));
+    vec![
+        trial("helper_mounts_and_returns", HELPER),
+        trial("fstab_is_mounted_once", FSTAB),
+        trial("helper_looks_without_mounting", FAKE),
+        trial("helper_fails_as_mount_expects", FAILURES),
+        trial("helper_mounts_in_another_namespace", NAMESPACE),
+        self::trial(
+            "mount/nobody_else_is_sent_to_the_background".into(),
+            vec!["root", "fuse"],
+            nobody_else_is_sent_to_the_background,
+        ),
+    ]
+}
+
+/// What mount(8) finds: it clears PATH, and looks for its helpers in /sbin only.
+const BEFORE: &str = r#"
+    mount -t tmpfs none /usr/local/bin
+    ln -s "$1" /usr/local/bin/diskfuse
+    mkdir /usr/local/bin/sbin
+    mount --bind /usr/sbin /usr/local/bin/sbin
+    mount -t tmpfs none /usr/sbin
+    ln -s /usr/local/bin/sbin/* /usr/sbin/
+    ln -s "$1" /usr/sbin/mount.diskfuse
+    [[ /sbin -ef /usr/sbin ]]
+    cd "$2"
+    head -c 8192 /dev/urandom > image
+    ended() {
+        local pidfile=${1:-pid}
+        for _ in {1..2000}; do [[ -e $pidfile ]] || break; sleep 0.01; done
+        [[ ! -e $pidfile ]]
+    }
+    fails() {
+        local expected=$1 status=0
+        shift
+        "$@" 2> said || status=$?
+        [[ $status == "$expected" ]] || { echo "status $status: $(cat said)"; exit 1; }
+    }
+"#;
+
+const HELPER: &str = r#"
+    options=_netdev,nofail,x-systemd.requires=a.service,pidfile=$PWD/pid
+    mount -t diskfuse "$PWD/image" "$PWD/disk" -o "ro,$options"
+    cmp image disk
+    findmnt -n -o FSTYPE,SOURCE --mountpoint "$PWD/disk" | grep "fuse.diskfuse $PWD/image"
+    fails 1 eval 'printf x 1<> disk'
+    umount disk
+    ended
+    mount -v -n -t diskfuse "$PWD/image" "$PWD/disk" -o "$options"
+    for _ in 1 2; do
+        mount -o remount,ro "$PWD/disk"
+        fails 1 eval 'printf x 1<> disk'
+        mount -t diskfuse -o remount,rw "$PWD/image" "$PWD/disk"
+        printf x 1<> disk
+    done
+    umount disk
+    ended
+    [[ $(head -c 1 image) == x && ! -e disk ]]
+"#;
+
+const FSTAB: &str = r#"
+    touch one two three
+    cat > fstab <<END
+$PWD/image $PWD/one diskfuse ro,nofail,x-systemd.automount,pidfile=$PWD/pid-one 0 0
+mem:1M $PWD/two fuse.diskfuse pidfile=$PWD/pid-two 0 0
+mem:1M $PWD/three fuse.diskfuse users,pidfile=$PWD/pid-three 0 0
+END
+    for _ in 1 2 3; do mount -T fstab -a; done
+    for disk in one two three; do
+        [[ $(findmnt -n --mountpoint "$PWD/$disk" | wc -l) == 1 ]]
+        [[ -n $(cat pid-$disk) ]]
+        cat "$disk" > /dev/null
+        umount "$disk"
+        ended "pid-$disk"
+    done
+"#;
+
+const FAKE: &str = r#"
+    mount -f -t diskfuse "$PWD/image" "$PWD/disk" -o ro
+    [[ ! -e disk ]]
+    fails 1 mount -f -t diskfuse "$PWD/image" "$PWD/disk" -o nonsense
+    grep -q 'nonsense: no such option' said
+    mount -f -s -t diskfuse "$PWD/image" "$PWD/disk" -o nonsense
+    [[ ! -e disk ]]
+    mount -s -t diskfuse "$PWD/image" "$PWD/disk" -o "nonsense,pidfile=$PWD/pid"
+    cmp image disk
+    umount disk
+    ended
+"#;
+
+const FAILURES: &str = r#"
+    fails 32 mount -t diskfuse "$PWD/missing" "$PWD/disk"
+    grep -q 'missing: no such file' said
+    mkdir folder
+    fails 32 mount -t diskfuse "$PWD/image" "$PWD/folder"
+    grep -q "rmdir $PWD/folder && touch $PWD/folder" said
+    fails 1 mount.diskfuse "$PWD/image"
+    fails 1 mount.diskfuse "$PWD/image" "$PWD/disk" -z
+    # The program's own, through mount.fuse3.
+    fails 3 mount -t fuse.diskfuse "$PWD/missing" "$PWD/disk"
+    mount.diskfuse --version | grep '^diskfuse '
+    [[ ! -e disk ]]
+"#;
+
+const NAMESPACE: &str = r#"
+    touch disk
+    unshare --mount sleep 100 &
+    other=$!
+    until [[ ! /proc/$other/ns/mnt -ef /proc/self/ns/mnt ]]; do sleep 0.01; done
+    mount -N $other -t diskfuse "$PWD/image" "$PWD/disk" -o "pidfile=$PWD/pid"
+    nsenter --mount=/proc/$other/ns/mnt cmp "$PWD/image" "$PWD/disk"
+    [[ ! -s disk ]]
+    nsenter --mount=/proc/$other/ns/mnt umount "$PWD/disk"
+    ended
+    kill $other
+"#;
+
+/// In a mount namespace and a PID namespace of its own, whose first process takes all others with it.
+fn run(script: &str) {
+    let sandbox = Sandbox::new();
+    let unshare = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    let mut command = program("unshare", unshare);
+    command.args(["bash", "-euc", &format!("{BEFORE}{script}"), "bash", binary()]);
+    succeed(command.arg(sandbox.path()));
+}
+
+/// Whatever options they are in the habit of giving.
+fn nobody_else_is_sent_to_the_background() {
+    let sandbox = Sandbox::new();
+    let disk = sandbox.join("disk");
+    let mut command = Command::new(binary());
+    command.args(["mem:1M"]).arg(&disk).args(["-o", "rw,nosuid,nodev"]).stdin(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    eventually("the mount", || !mounts::mounts_at(&disk).is_empty());
+    assert_eq!(fs::read(&disk).unwrap().len(), 1 << 20);
+    assert!(child.try_wait().unwrap().is_none(), "it has left the foreground");
+    succeed(&mut program("umount", [&disk]));
+    assert!(child.wait().unwrap().success());
+}
