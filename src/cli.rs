@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use argh::{EarlyExit, FromArgs};
+use argh::{ArgsInfo, EarlyExit, FromArgs};
 
 use crate::backend::nbd::{self, Uri};
 use crate::export::{Cache, Truncate};
 use crate::partitions::Wanted;
+use crate::{help, hints};
 
 /// Show a disk as a file.
 ///
@@ -15,14 +16,14 @@ use crate::partitions::Wanted;
 /// for TLS), the path of a disk image or a block device, mem:SIZE for a sparse disk in memory, or [ COMMAND... ], an
 /// NBD server that is started for it. MOUNTPOINT is a regular file; it is created if it is missing, and removed again at
 /// the end.
-#[derive(FromArgs, Debug)]
+#[derive(FromArgs, ArgsInfo, Debug)]
 // The text is for --help.
 #[allow(rustdoc::broken_intra_doc_links)]
 #[argh(
     name = "diskfuse",
-    example = "Show another host's disk:\n  {command_name} nbd://storage/vm1 ./vm1.img\n\nServe an image while a command runs:\n  {command_name} --run 'e2fsck -f \"$DISKFUSE_FILE\"' disk.img",
+    example = "Show another host's disk:\n  {command_name} nbd://storage/vm1 ./vm1.img\nServe an image while a command runs:\n  {command_name} --run 'e2fsck -f \"$DISKFUSE_FILE\"' disk.img",
     // Without the word "help", which may be a file.
-    help_triggers("--help"),
+    help_triggers("-h", "--help"),
     note = "Ends on SIGINT, SIGTERM and their like, or when MOUNTPOINT is unmounted. More in the man page: diskfuse(1).",
     error_code(0, "Clean"),
     error_code(1, "It failed while serving, or the last flush failed"),
@@ -150,7 +151,7 @@ struct Words {
     json: bool,
 
     /// print the version
-    #[argh(switch)]
+    #[argh(switch, short = 'V')]
     version: bool,
 
     /// SOURCE and MOUNTPOINT
@@ -431,9 +432,36 @@ pub fn parse_as(words: &[String], is_sloppy: bool) -> Result<Command, UsageError
     let split: Vec<&str> = split.iter().map(String::as_str).collect();
     match Words::from_args(&["diskfuse"], &split) {
         Ok(words) => words.into_command(server, is_sloppy),
-        Err(EarlyExit { output, status: Ok(()) }) => Ok(Command::Print(output)),
-        Err(EarlyExit { output, .. }) => Err(usage(output.trim().replace('\n', " "))),
+        Err(EarlyExit { status: Ok(()), .. }) => Ok(Command::Print(help_text())),
+        Err(EarlyExit { output, .. }) => {
+            Err(match output.strip_prefix("Unrecognized argument: ") {
+                Some(word) => no_such_option(
+                    word.trim(),
+                    Words::get_args_info().flags.iter().map(|flag| flag.long),
+                ),
+                None => usage(output.trim().replace('\n', " ")),
+            })
+        }
     }
+}
+
+/// What --help prints.
+fn help_text() -> String {
+    const USAGE: &str = "\
+Usage: diskfuse [OPTIONS] SOURCE MOUNTPOINT
+       diskfuse [OPTIONS] [ COMMAND... ] MOUNTPOINT
+       diskfuse [OPTIONS] --run CMD SOURCE [MOUNTPOINT]
+       diskfuse --info SOURCE [--json]
+       diskfuse --list URI [--json]
+";
+    help::text("diskfuse", USAGE, &Words::get_args_info())
+}
+
+fn no_such_option<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> UsageError {
+    usage(match hints::nearest(word, known) {
+        Some(name) => format!("{word}: no such option: did you mean {name}?"),
+        None => format!("{word}: no such option"),
+    })
 }
 
 /// Stands for the server's command between the other words: where it is an operand, no other word can be it.
@@ -727,7 +755,12 @@ impl Words {
                 return Err(usage(format!("-o {name} takes no value")));
             }
             _ if mount.is_sloppy => {}
-            _ => return Err(usage(format!("-o {name}: no such option"))),
+            _ => {
+                let ours = ["ro", "rw", "remount", "allow_other", "uid", "gid"];
+                let known = [&ours[..], &WITH_VALUE, &SWITCHES, &MOUNT_WORDS].concat();
+                let UsageError(why) = no_such_option(name, known);
+                return Err(usage(format!("-o {why}")));
+            }
         }
         Ok(())
     }
@@ -1100,7 +1133,11 @@ mod tests {
         assert!(error("a b -o uid=x").contains("x is not a number"));
         assert!(error("a b -o uid").contains("uid=..."));
         assert!(error("a b -o ro=1").contains("takes no value"));
-        assert!(error("a b --nonsense").contains("--nonsense"));
+        assert!(error("a b --nonsense").contains("--nonsense: no such option (try"));
+        assert!(error("a b --readonly").contains("did you mean --read-only?"));
+        assert!(error("a b --io_uring=on").contains("did you mean --io-uring?"));
+        assert!(error("a b -o allow-othr=on").contains("did you mean allow-other?"));
+        assert!(error("a b -o _netdef").contains("did you mean _netdev?"));
         assert!(error("mem:lots b").contains("mem:SIZE"));
         assert!(error("ftp://x b").contains("ftp://"));
     }
@@ -1253,8 +1290,22 @@ mod tests {
 
     #[test]
     fn help_and_version_are_printed() {
-        for line in ["--help", "--version"] {
+        for line in ["--help", "--version", "-h", "-V", "a b -h", "-V a"] {
             assert!(matches!(words(line), Ok(Command::Print(_))), "{line}");
+        }
+    }
+
+    #[test]
+    fn help_has_all_options_in_80_columns() {
+        let help = help_text();
+        let long = help.lines().find(|line| line.chars().count() > 80);
+        assert_eq!(long, None);
+        for option in WITH_VALUE {
+            assert!(help.contains(&format!("--{option} <")), "{option}: {help}");
+        }
+        for option in SWITCHES.into_iter().chain(["json", "help", "version"]) {
+            let is = |line: &str| line.split([' ', ',']).any(|word| word == format!("--{option}"));
+            assert!(help.lines().any(is), "{option}: {help}");
         }
     }
 }

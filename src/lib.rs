@@ -66,6 +66,8 @@ pub mod errands;
 pub mod errno;
 pub mod export;
 pub mod fuse;
+pub mod help;
+pub mod hints;
 pub mod info;
 pub mod interrupts;
 pub mod io;

@@ -34,7 +34,7 @@ use crate::server::Server;
 use crate::session::{self, Session};
 use crate::signals::{Signals, Wish};
 use crate::stats::{Stats, Transport};
-use crate::{logging, privileges, sys};
+use crate::{hints, logging, privileges, sys};
 
 /// How long clients may go on after the first signal, before their file is taken away.
 const GRACE: Duration = Duration::from_secs(3);
@@ -132,9 +132,17 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
         }
         Source::Path(path) => {
             let options = file::Options { read_only: config.read_only, direct: config.direct };
-            let open = move || FileBackend::open(&path, options);
-            let backend = control.unless_signalled("open", open).map_err(stopped)?;
-            serve_part(config, backend.map_err(local_failure)?, control, background)
+            let named = path.clone();
+            let open = move || {
+                let backend = FileBackend::open(&path, options)?;
+                Ok((backend, hints::other_format(&path)))
+            };
+            let opened = control.unless_signalled("open", open).map_err(stopped)?;
+            let (backend, warning) = opened.map_err(|e| path_failure(&named, &e))?;
+            if let Some(warning) = warning {
+                log::warn!("{warning}");
+            }
+            serve_part(config, backend, control, background)
         }
         Source::Memory(size) => {
             let backend = FileBackend::memory(size, config.read_only);
@@ -150,6 +158,13 @@ fn stopped_while_opened(source: &str, signal: sys::Signal) -> Failure {
 
 fn local_failure(e: file::OpenError) -> Failure {
     Failure::Source(e.to_string())
+}
+
+fn path_failure(path: &Path, e: &file::OpenError) -> Failure {
+    Failure::Source(match hints::remote(path).filter(|_| !path.exists()) {
+        Some(uri) => format!("{e}; for another host's disk say {uri}"),
+        None => e.to_string(),
+    })
 }
 
 fn remote_failure(uri: &Uri, e: &nbd::Error) -> Failure {
@@ -182,7 +197,10 @@ pub fn info(
             remote_info(&server.uri(), export)
         }
         Source::Path(path) => {
-            let info = FileBackend::look_at(path).map_err(local_failure)?;
+            let info = FileBackend::look_at(path).map_err(|e| path_failure(path, &e))?;
+            if let Some(warning) = hints::other_format(path) {
+                log::warn!("{warning}");
+            }
             info::text(&info, json)
         }
         Source::Memory(size) => {

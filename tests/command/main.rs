@@ -65,6 +65,18 @@ const REFUSALS: &[Refusal] = &[
         ..USAGE
     },
     Refusal {
+        name: "misspelled_option",
+        words: &["--readonly", "mem:1M", "{}/disk"],
+        says: &["--readonly", "did you mean --read-only?", "--help"],
+        ..USAGE
+    },
+    Refusal {
+        name: "misspelled_mount_option",
+        words: &["-o", "allow-others", "mem:1M", "{}/disk"],
+        says: &["-o allow-others", "did you mean allow-other?"],
+        ..USAGE
+    },
+    Refusal {
         name: "bad_io_uring",
         words: &["--io-uring=maybe", "mem:1M", "{}/disk"],
         says: &["--io-uring", "auto, on or off", "maybe"],
@@ -207,6 +219,18 @@ const REFUSALS: &[Refusal] = &[
         says: &["missing.img", "no such file", "truncate"],
         ..SOURCE
     },
+    Refusal {
+        name: "source_is_a_host_and_a_port",
+        words: &["storage.invalid:10809", "{}/disk"],
+        says: &["no such file", "nbd://storage.invalid:10809"],
+        ..SOURCE
+    },
+    Refusal {
+        name: "source_is_a_host_and_an_export",
+        words: &["--info", "storage.invalid/vm1"],
+        says: &["no such file", "nbd://storage.invalid/vm1"],
+        ..SOURCE
+    },
     Refusal { name: "help_is_a_name", words: &["help", "help"], says: &["help"], ..SOURCE },
     Refusal {
         name: "source_is_a_directory",
@@ -218,6 +242,14 @@ const REFUSALS: &[Refusal] = &[
         name: "source_is_a_character_device",
         words: &["/dev/null", "{}/disk"],
         says: &["/dev/null", "regular file", "block device"],
+        ..SOURCE
+    },
+    Refusal {
+        // To open it would wait for whoever writes to it.
+        name: "source_is_a_pipe",
+        words: &["{}/pipe", "{}/disk"],
+        says: &["pipe", "regular file", "block device"],
+        prepare: |sandbox| drop(succeed(&mut program("mkfifo", [sandbox.join("pipe")]))),
         ..SOURCE
     },
     Refusal {
@@ -371,6 +403,11 @@ fn main() -> ExitCode {
         ),
         trial("other_names_need_a_link".into(), vec!["fuse"], other_names_need_a_link),
         trial("nothing_is_said_without_need".into(), vec!["fuse"], nothing_is_said_without_need),
+        trial(
+            "other_formats_are_shown_raw_with_a_warning".into(),
+            vec!["fuse", "qemu-img"],
+            other_formats_are_shown_raw_with_a_warning,
+        ),
     ];
     let elsewhere = processes::trials().into_iter().chain(signals::trials());
     let elsewhere = elsewhere.chain(daemon::trials()).chain(helper::trials());
@@ -409,6 +446,10 @@ fn help_and_version_are_printed() {
     for word in ["SOURCE", "MOUNTPOINT", "mem:SIZE", "--io-uring", "--read-only", "--growable"] {
         assert!(help.contains(word), "{word} is missing: {help}");
     }
+    for line in ["Usage: diskfuse ", "  diskfuse nbd://", "  -h, --help  ", "  -V, --version  "] {
+        assert!(help.contains(line), "{line} is missing: {help}");
+    }
+    assert_eq!((print("-h"), print("-V")), (help, print("--version")));
     assert_eq!(print("--version"), format!("diskfuse {}\n", env!("CARGO_PKG_VERSION")));
 }
 
@@ -427,6 +468,26 @@ fn nothing_is_said_without_need() {
     let output = program(binary(), run).arg(sandbox.join("disk")).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert!(output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
+}
+
+fn other_formats_are_shown_raw_with_a_warning() {
+    let sandbox = Sandbox::new();
+    for (format, other) in
+        [("qcow2", true), ("vmdk", true), ("vhdx", true), ("vdi", true), ("raw", false)]
+    {
+        let image = sandbox.join(format);
+        succeed(program("qemu-img", ["create", "-q", "-f", format]).arg(&image).arg("1M"));
+        let cmp = format!(r#"cmp "$DISKFUSE_FILE" "{}""#, image.display());
+        for words in [&["-r", "--run", &cmp][..], &["--info"]] {
+            let output = program(binary(), words).arg(&image).output().unwrap();
+            let said = String::from_utf8(output.stderr).unwrap();
+            assert!(output.status.success(), "{words:?}: {said}");
+            assert_eq!(said.lines().count(), usize::from(other), "{words:?}: {said}");
+            let command =
+                format!("diskfuse [ qemu-nbd -f {format} {} ] MOUNTPOINT", image.display());
+            assert_eq!(said.contains(&command), other, "{words:?}: {said}");
+        }
+    }
 }
 
 fn read_only_outweighs_rw() {
