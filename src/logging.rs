@@ -1,5 +1,8 @@
 //! What is said to people: on stderr, or to syslog once the process is in the background.
 //!
+//! Where many programs' lines stand beside each other, in syslog and in the journal, each has its level, and the name of
+//! the export; the time and the process are theirs to add.
+//!
 //! Nobody waits for a reader. A pipe that nobody drains, or a stuck /dev/log, blocks whoever writes to it, so as soon as
 //! there is something to serve one thread does all the writing ([`write_from_a_thread`]), and the others hand it
 //! their lines through a bounded queue; what finds it full is counted and not said.
@@ -12,10 +15,13 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
+
+use log::Level;
 
 use crate::sys;
 
@@ -26,7 +32,13 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 /// One place in the code is heard no more often than this.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-static TO_SYSLOG: AtomicBool = AtomicBool::new(false);
+/// Where lines go: one of the three below.
+static SINK: AtomicU8 = AtomicU8::new(STDERR);
+const STDERR: u8 = 0;
+/// What systemd(1) takes from stderr.
+const JOURNAL: u8 = 1;
+const SYSLOG: u8 = 2;
+static NAME: OnceLock<String> = OnceLock::new();
 static WRITER: OnceLock<SyncSender<Line>> = OnceLock::new();
 /// Lines that found the queue full.
 static LOST: AtomicU64 = AtomicU64::new(0);
@@ -34,14 +46,27 @@ static REPEATS: OnceLock<Mutex<Repeats>> = OnceLock::new();
 
 /// What the writing thread is given.
 enum Line {
-    Say(String),
+    Say(Level, String),
     /// Everything before has been written.
     Written(SyncSender<()>),
 }
 
 /// From here on messages go to syslog.
 pub fn to_syslog() {
-    TO_SYSLOG.store(true, Ordering::Release);
+    sys::open_syslog();
+    SINK.store(SYSLOG, Ordering::Release);
+}
+
+/// Names the export, for lines that do not.
+pub fn set_name(name: &str) {
+    let _ = NAME.set(printable(name).into_owned());
+}
+
+/// Whether stderr is the journal's, as systemd says of the one that it has given (systemd.exec(5)).
+fn stderr_is_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    let here = rustix::fs::fstat(io::stderr().as_fd());
+    here.is_ok_and(|here| stream == format!("{}:{}", here.st_dev, here.st_ino))
 }
 
 /// The text with escapes for what a terminal would carry out and a reader not see: control characters, line ends among them,
@@ -71,20 +96,39 @@ pub fn is_unprintable(c: char) -> bool {
 }
 
 /// Says something to whoever listens, on one line.
-pub fn say(message: &str) {
+pub fn say(level: Level, message: &str) {
     let message = printable(message);
-    let Some(writer) = WRITER.get() else { return write(&message) };
-    if let Err(TrySendError::Full(_)) = writer.try_send(Line::Say(message.into_owned())) {
+    let Some(writer) = WRITER.get() else { return write(level, &message) };
+    if let Err(TrySendError::Full(_)) = writer.try_send(Line::Say(level, message.into_owned())) {
         LOST.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-fn write(message: &str) {
-    if TO_SYSLOG.load(Ordering::Acquire) {
-        sys::syslog(message);
-    } else {
-        // stderr may be closed; there is nobody else to tell.
-        let _ = writeln!(io::stderr(), "diskfuse: {message}");
+fn write(level: Level, message: &str) {
+    let named = named(message, NAME.get().map(String::as_str));
+    // stderr may be closed; there is nobody else to tell.
+    match SINK.load(Ordering::Acquire) {
+        SYSLOG => sys::syslog(priority(level), &named),
+        JOURNAL => _ = writeln!(io::stderr(), "<{}>{named}", priority(level)),
+        _ => _ = writeln!(io::stderr(), "diskfuse: {message}"),
+    }
+}
+
+/// The message with the export's name in it.
+fn named<'a>(message: &'a str, name: Option<&str>) -> Cow<'a, str> {
+    match name.filter(|name| !message.contains(name)) {
+        Some(name) => Cow::Owned(format!("{name}: {message}")),
+        None => Cow::Borrowed(message),
+    }
+}
+
+/// As syslog(3) counts.
+fn priority(level: Level) -> libc::c_int {
+    match level {
+        Level::Error => libc::LOG_ERR,
+        Level::Warn => libc::LOG_WARNING,
+        Level::Info => libc::LOG_INFO,
+        Level::Debug | Level::Trace => libc::LOG_DEBUG,
     }
 }
 
@@ -94,11 +138,14 @@ pub fn write_from_a_thread() -> io::Result<()> {
     std::thread::Builder::new().name("log".into()).spawn(move || {
         for line in lines {
             match line {
-                Line::Say(message) => {
-                    write(&message);
+                Line::Say(level, message) => {
+                    write(level, &message);
                     match LOST.swap(0, Ordering::Relaxed) {
                         0 => {}
-                        lost => write(&format!("{lost} messages were lost: nobody read them")),
+                        lost => {
+                            let why = format!("{lost} messages were lost: nobody read them");
+                            write(Level::Warn, &why);
+                        }
                     }
                 }
                 Line::Written(done) => _ = done.try_send(()),
@@ -111,8 +158,8 @@ pub fn write_from_a_thread() -> io::Result<()> {
 
 /// Says what was left out so far, and waits until all has been written, or cannot be.
 pub fn finish() {
-    for left_out in repeats().all_left_out() {
-        say(&left_out);
+    for (level, left_out) in repeats().all_left_out() {
+        say(level, &left_out);
     }
     let Some(writer) = WRITER.get() else { return };
     let (done, written) = mpsc::sync_channel(1);
@@ -135,13 +182,20 @@ struct Repeats(HashMap<Place, Said>);
 
 struct Said {
     at: Instant,
+    level: Level,
     left_out: u64,
     last: String,
 }
 
 impl Repeats {
     /// The message as it is to be said `now`, if it is.
-    fn heard(&mut self, place: Place, message: String, now: Instant) -> Option<String> {
+    fn heard(
+        &mut self,
+        place: Place,
+        level: Level,
+        message: String,
+        now: Instant,
+    ) -> Option<String> {
         match self.0.get_mut(&place) {
             Some(said) if now < said.at + INTERVAL => {
                 said.left_out += 1;
@@ -154,19 +208,20 @@ impl Repeats {
                 Some(with_count(message, left_out))
             }
             None => {
-                self.0.insert(place, Said { at: now, left_out: 0, last: String::new() });
+                let said = Said { at: now, level, left_out: 0, last: String::new() };
+                self.0.insert(place, said);
                 Some(message)
             }
         }
     }
 
     /// For each place from which messages were left out, the last of them.
-    fn all_left_out(&mut self) -> Vec<String> {
+    fn all_left_out(&mut self) -> Vec<(Level, String)> {
         let left_out = self.0.values_mut().filter(|said| said.left_out > 0);
         left_out
             .map(|said| {
                 let earlier = std::mem::take(&mut said.left_out) - 1;
-                with_count(std::mem::take(&mut said.last), earlier)
+                (said.level, with_count(std::mem::take(&mut said.last), earlier))
             })
             .collect()
     }
@@ -181,32 +236,27 @@ fn with_count(message: String, left_out: u64) -> String {
 
 /// Warnings and errors are logged; RUST_LOG asks for more.
 pub fn start() {
-    /// Passes whole messages on.
-    struct LogWriter;
-
-    impl Write for LogWriter {
-        fn write(&mut self, message: &[u8]) -> io::Result<usize> {
-            say(String::from_utf8_lossy(message).trim_end());
-            Ok(message.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
+    if stderr_is_journal() {
+        SINK.store(JOURNAL, Ordering::Release);
     }
-
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format(|out, record| {
-            let message = record.args().to_string();
-            if record.level() > log::Level::Warn {
-                let level = record.level().as_str().to_lowercase();
-                return writeln!(out, "{} {level}: {message}", out.timestamp_micros());
+            let (level, message) = (record.level(), record.args().to_string());
+            if level > Level::Warn {
+                let is_plain = SINK.load(Ordering::Acquire) == STDERR;
+                let title = level.as_str().to_lowercase();
+                let stamped = || format!("{} {title}: {message}", out.timestamp_micros());
+                say(level, &if is_plain { stamped() } else { message });
+                return Ok(());
             }
             let place = (record.file_static().unwrap_or(""), record.line().unwrap_or(0));
-            let heard = repeats().heard(place, message, Instant::now());
-            heard.map_or(Ok(()), |message| writeln!(out, "{message}"))
+            if let Some(message) = repeats().heard(place, level, message, Instant::now()) {
+                say(level, &message);
+            }
+            Ok(())
         })
-        .target(env_logger::Target::Pipe(Box::new(LogWriter)))
+        // All is said by then.
+        .target(env_logger::Target::Pipe(Box::new(io::sink())))
         .init();
 }
 
@@ -221,7 +271,7 @@ mod tests {
         let mut said = Vec::new();
         for n in 0..3000_u64 {
             let now = start + Duration::from_millis(n);
-            said.extend(repeats.heard(("here", 1), format!("failure {n}"), now));
+            said.extend(repeats.heard(("here", 1), Level::Warn, format!("failure {n}"), now));
         }
         assert_eq!(
             said,
@@ -231,7 +281,8 @@ mod tests {
                 "failure 2000 (and 999 more like it before)"
             ]
         );
-        assert_eq!(repeats.all_left_out(), ["failure 2999 (and 998 more like it before)"]);
+        let last = "failure 2999 (and 998 more like it before)".to_owned();
+        assert_eq!(repeats.all_left_out(), [(Level::Warn, last)]);
         assert!(repeats.all_left_out().is_empty());
     }
 
@@ -245,11 +296,19 @@ mod tests {
     }
 
     #[test]
+    fn a_line_has_the_name_of_the_export_once() {
+        assert_eq!(named("mem:1M: lost", Some("mem:1M")), "mem:1M: lost");
+        assert_eq!(named("lost", Some("mem:1M")), "mem:1M: lost");
+        assert_eq!(named("lost", None), "lost");
+    }
+
+    #[test]
     fn places_do_not_silence_each_other() {
         let mut repeats = Repeats::default();
         let now = Instant::now();
         for line in 0..3 {
-            assert_eq!(repeats.heard(("here", line), "x".into(), now), Some("x".into()));
+            let heard = repeats.heard(("here", line), Level::Error, "x".into(), now);
+            assert_eq!(heard, Some("x".into()));
         }
     }
 }

@@ -125,7 +125,7 @@ fn pidfile_is_taken(config: &Config) -> Option<String> {
 }
 
 fn fail(why: &str, status: u8) -> u8 {
-    logging::say(why);
+    logging::say(log::Level::Error, why);
     status
 }
 

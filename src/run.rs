@@ -82,6 +82,7 @@ impl std::fmt::Display for Failure {
 
 /// Exports until the end, and gives the exit status: that of the command in `--run`, else 0.
 pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failure> {
+    logging::set_name(&config.words);
     // Before any thread is started, as what follows: they inherit it.
     let io_flusher = sys::become_io_flusher();
     // It is a program like any other, with what this one was started with.
@@ -427,7 +428,7 @@ fn serve<B: Backend>(
         // Threads still use the lane and the connection: leave without their destructors.
         drop((pidfile, folder));
         if let Err(failure) = &result {
-            logging::say(&failure.to_string());
+            logging::say(log::Level::Error, &failure.to_string());
         }
         logging::finish();
         sys::exit_now(i32::from(result.unwrap_or_else(|failure| failure.status())));
@@ -576,7 +577,7 @@ impl Control {
         let signal = self.signals.next()?;
         if signal.is_some_and(|signal| signal.wish() == Wish::Statistics) {
             // It was asked for: whatever RUST_LOG says.
-            logging::say(&(self.report)());
+            logging::say(log::Level::Info, &(self.report)());
         }
         Ok(signal.filter(|signal| signal.wish() == Wish::End))
     }

@@ -253,8 +253,8 @@ fn show(words: PipeReader, name: &str) {
         match text.trim_end() {
             "" => {}
             // Most say who they are.
-            text if text.starts_with(name) => logging::say(text),
-            text => logging::say(&format!("{name}: {text}")),
+            text if text.starts_with(name) => logging::say(log::Level::Warn, text),
+            text => logging::say(log::Level::Warn, &format!("{name}: {text}")),
         }
     }
 }

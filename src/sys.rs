@@ -623,13 +623,17 @@ pub fn standard_streams_to_null() -> io::Result<()> {
     Ok(())
 }
 
-/// One message to the system's log.
-pub fn syslog(message: &str) {
+/// Has messages to the system's log tell the program and its process.
+pub fn open_syslog() {
+    // SAFETY: the name is kept, and lives for ever.
+    unsafe { libc::openlog(c"diskfuse".as_ptr(), libc::LOG_PID, libc::LOG_DAEMON) };
+}
+
+/// One message to the system's log, of a priority as syslog(3) has them.
+pub fn syslog(priority: libc::c_int, message: &str) {
     let Ok(message) = CString::new(message.replace('\0', "?")) else { return };
     // SAFETY: the format takes one C string, and there is one.
-    unsafe {
-        libc::syslog(libc::LOG_DAEMON | libc::LOG_ERR, c"diskfuse: %s".as_ptr(), message.as_ptr());
-    }
+    unsafe { libc::syslog(libc::LOG_DAEMON | priority, c"%s".as_ptr(), message.as_ptr()) };
 }
 
 /// Ends the process without running destructors: the kernel closes everything.

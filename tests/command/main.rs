@@ -4,6 +4,7 @@
 mod common;
 mod daemon;
 mod helper;
+mod logs;
 mod mounts;
 mod processes;
 mod signals;
@@ -412,6 +413,7 @@ fn main() -> ExitCode {
     let elsewhere = processes::trials().into_iter().chain(signals::trials());
     let elsewhere = elsewhere.chain(daemon::trials()).chain(helper::trials());
     let elsewhere = elsewhere.chain(mounts::trials());
+    let elsewhere = elsewhere.chain(logs::trials());
     let trials: Vec<Trial> = refusals.chain(others).chain(elsewhere).collect();
     run_trials(trials)
 }
