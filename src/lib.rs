@@ -28,6 +28,8 @@
 //! | an option, `--help` | [`cli`], then [`run`], which hands it on; man/diskfuse.1 |
 //! | what happens from start to end, the exit status | [`run`] |
 //! | signals; the background and the pidfile; what is logged where | [`signals`]; [`daemon`]; [`logging`] |
+//! | what --help shows, what a word may have been meant as | [`help`], [`hints`] |
+//! | how mount(8) calls; what systemd is told | [`mount_helper`]; [`service`], configs/systemd |
 //! | mounting, unmounting, what is found at the mountpoint | [`mount`], [`place`] |
 //! | what an operation of FUSE means, the size, the cache modes | [`export`] |
 //! | the FUSE protocol, a new operation | [`fuse`], then [`export`] |
@@ -85,6 +87,7 @@ pub mod privileges;
 pub mod report;
 pub mod run;
 pub mod server;
+pub mod service;
 pub mod session;
 pub mod signals;
 pub mod stats;

@@ -31,6 +31,7 @@ use crate::own_folder::OwnFolder;
 use crate::partitions::{self, Table};
 use crate::report::Reporter;
 use crate::server::Server;
+use crate::service::Service;
 use crate::session::{self, Session};
 use crate::signals::{Signals, Wish};
 use crate::stats::{Stats, Transport};
@@ -47,6 +48,8 @@ const RETRY: Duration = Duration::from_millis(100);
 const LAST_REQUESTS: Duration = Duration::from_secs(5);
 /// How long a source that is away is waited for after a signal.
 const AWAY: Duration = Duration::from_millis(500);
+/// A server's time for the last flush once it can be reached, and some more.
+const FLUSH: Duration = Duration::from_secs(150);
 /// A last flush that takes longer is reported.
 const LONG_FLUSH: Duration = Duration::from_secs(2);
 
@@ -519,6 +522,7 @@ struct Control {
     signals: Signals,
     /// For SIGUSR1.
     report: Box<dyn Fn() -> String>,
+    service: Service,
     /// Tells when something is mounted or unmounted here.
     mounts: File,
     /// The command of `--run` would inherit it.
@@ -553,6 +557,7 @@ impl Control {
             poller,
             signals,
             report: Box::new(move || format!("{source}: nothing is served yet")),
+            service: Service::of_environment(),
             mounts,
             became_io_flusher,
             events: Events::new(),
@@ -568,7 +573,12 @@ impl Control {
     /// Waits for a signal, a notification, a change of the mounts or the time-out; the signal to stop, if there was one.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Option<sys::Signal>> {
         self.events.clear();
+        let timeout = match (timeout, self.service.patience()) {
+            (Some(timeout), Some(patience)) => Some(timeout.min(patience)),
+            (timeout, patience) => timeout.or(patience),
+        };
         self.poller.wait(&mut self.events, timeout)?;
+        self.service.feed();
         // polling watches once only.
         self.poller.modify(self.signals.descriptor(), Event::readable(SIGNALS))?;
         if self.events.iter().any(|event| event.key == MOUNTS) {
@@ -636,6 +646,7 @@ impl Control {
             let _ = sender.send(flushing.last_flush(patience));
             let _ = poller.notify();
         };
+        self.service.flushing(patience + FLUSH);
         let source = &config.words;
         if let Err(e) = std::thread::Builder::new().name("flush".into()).spawn(work) {
             return Err(Failure::Serving(format!("{source}: not flushed: no thread: {e}")));
@@ -691,8 +702,8 @@ impl Control {
         })
     }
 
-    /// Tells whoever waits for it that the file can be used: the pidfile, the foreground process, the command
-    /// of `--run`.
+    /// Tells whoever waits for it that the file can be used: the pidfile, the foreground process, the service manager,
+    /// the command of `--run`.
     fn announce(
         &mut self,
         config: &Config,
@@ -700,7 +711,8 @@ impl Control {
         pidfile: &mut Option<Pidfile>,
         background: Option<Background>,
     ) -> Result<(), Failure> {
-        if pidfile.is_none() && background.is_none() && config.run.is_none() {
+        let is_awaited = pidfile.is_some() || background.is_some() || config.run.is_some();
+        if !is_awaited && !self.service.is_there() {
             return Ok(());
         }
         self.run_errand(Errand::Read, mount)
@@ -711,6 +723,7 @@ impl Control {
         if let Some(background) = background {
             background.ready().map_err(|e| Failure::Serving(format!("background: {e}")))?;
         }
+        self.service.ready(&format!("{} is at {}", config.words, mount.path().display()));
         if let Some(command) = &config.run {
             let mut shell = Command::new("/bin/sh");
             shell.arg("-c").arg(command).env("DISKFUSE_FILE", mount.path());
@@ -798,6 +811,9 @@ impl Control {
                     failed |= self.stop.as_ref().is_some_and(|stop| stop.has_failed);
                     return Ended { failed, abandoned: false, status };
                 }
+            }
+            if self.stop.is_some() {
+                self.service.stopping();
             }
             if let Some(mounted) = &mount {
                 self.keep_size(mounted, export);

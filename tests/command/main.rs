@@ -7,6 +7,7 @@ mod helper;
 mod logs;
 mod mounts;
 mod processes;
+mod service;
 mod signals;
 
 use std::ffi::OsStr;
@@ -413,7 +414,7 @@ fn main() -> ExitCode {
     let elsewhere = processes::trials().into_iter().chain(signals::trials());
     let elsewhere = elsewhere.chain(daemon::trials()).chain(helper::trials());
     let elsewhere = elsewhere.chain(mounts::trials());
-    let elsewhere = elsewhere.chain(logs::trials());
+    let elsewhere = elsewhere.chain(logs::trials()).chain(service::trials());
     let trials: Vec<Trial> = refusals.chain(others).chain(elsewhere).collect();
     run_trials(trials)
 }
