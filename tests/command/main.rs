@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod completions;
 mod daemon;
 mod helper;
 mod logs;
@@ -415,6 +416,7 @@ fn main() -> ExitCode {
     let elsewhere = elsewhere.chain(daemon::trials()).chain(helper::trials());
     let elsewhere = elsewhere.chain(mounts::trials());
     let elsewhere = elsewhere.chain(logs::trials()).chain(service::trials());
+    let elsewhere = elsewhere.chain(completions::trials());
     let trials: Vec<Trial> = refusals.chain(others).chain(elsewhere).collect();
     run_trials(trials)
 }
