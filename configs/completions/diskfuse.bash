@@ -35,7 +35,7 @@ _diskfuse() {
         words="-r --read-only -o --options --io-uring --queue-depth --growable --truncate --cache --kernel-cache
             --read-ahead --direct --allow-other --daemonize --pidfile --run --tls-certificates --connections
             --connect-timeout --open-timeout --timeout --reconnect-timeout --unflushed --partition --offset --size
-            --list --info --json -V --version -h --help"
+            --list --info --mounts --json -V --version -h --help"
         ;;
     esac
     mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")
