@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 /// The name among `known` that `word` is likely a misspelling of.
@@ -73,7 +73,9 @@ pub fn other_format(path: &Path) -> Option<String> {
 }
 
 fn head_of(path: &Path, head: &mut [u8]) -> io::Result<usize> {
-    File::open(path)?.read_at(head, 0)
+    let open = |flags| File::options().read(true).custom_flags(flags).open(path);
+    // Looking at it is no use of it. Only its owner may leave the access time alone.
+    open(libc::O_NOATIME).or_else(|_| open(0))?.read_at(head, 0)
 }
 
 #[cfg(test)]
