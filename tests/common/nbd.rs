@@ -103,7 +103,11 @@ impl Server {
     }
 
     pub fn kill(&mut self) {
-        kill_process(super::export::pid(self.pid), Signal::KILL).expect("it runs");
+        self.end_by(Signal::KILL);
+    }
+
+    pub fn end_by(&mut self, signal: Signal) {
+        kill_process(super::export::pid(self.pid), signal).expect("it runs");
         eventually("the end of a server", || !self.is_running());
     }
 

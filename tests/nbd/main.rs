@@ -123,6 +123,7 @@ fn main() -> ExitCode {
         returns::killed_server_comes_back_over_tcp ["nbdkit"],
         returns::killed_server_comes_back_to_one_connection ["nbdkit"],
         returns::killed_server_comes_back_inside_tls ["nbdkit", "openssl"],
+        returns::server_that_shuts_down_comes_back ["nbdkit"],
         returns::forgotten_writes_are_made_again_over_several_connections [],
         returns::forgotten_writes_are_made_again_over_one_connection [],
         returns::forgotten_writes_are_told_of_where_none_are_kept [],

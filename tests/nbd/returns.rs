@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use libc::{EIO, O_DIRECT, SIGTERM};
+use rustix::process::Signal;
 
 use crate::common::export::Export;
 use crate::common::forgetful::{Forgetful, Kind};
@@ -227,6 +228,27 @@ pub fn killed_server_comes_back_over_tcp(bench: &Bench) {
 
 pub fn killed_server_comes_back_to_one_connection(bench: &Bench) {
     killed_and_started(bench, &Address::unix(&bench.sandbox), &["--connections=1"], &[]);
+}
+
+/// nbdkit, asked to end, goes on until its clients have left, and answers them with ESHUTDOWN.
+pub fn server_that_shuts_down_comes_back(bench: &Bench) {
+    let address = Address::unix(&bench.sandbox);
+    let disk = bench.disk(&vec![0; SIZE]);
+    let words = ["file", disk.to_str().unwrap()];
+    let mut starter = Starter::new(&bench.sandbox);
+    let mut server = starter.nbdkit(&address, &words);
+    let mut export = bench.export(&address.uri(""));
+    write_beside(&export, Promise::Acknowledged, |steps| {
+        for _ in 0..kills() {
+            let before = steps.load(Ordering::Relaxed);
+            eventually("steps", || steps.load(Ordering::Relaxed) > before + 50);
+            server.end_by(Signal::TERM);
+            server = starter.nbdkit(&address, &words);
+        }
+    });
+    let shown = fs::read(export.file()).unwrap();
+    export.stop(SIGTERM).assert(0, &["is shutting down", "the server is back"]);
+    assert!(fs::read(&disk).unwrap() == shown);
 }
 
 pub fn killed_server_comes_back_inside_tls(bench: &Bench) {

@@ -42,6 +42,9 @@ use super::wire::{self, Command, Violation};
 /// few enough for one `sendmsg` (`IOV_MAX` is 1024, and each takes two parts).
 pub const MAX_IN_FLIGHT: usize = 256;
 
+/// Why a connection ends whose server answers [`wire::SHUTTING_DOWN`].
+pub const SHUTTING_DOWN: &str = "the server is shutting down";
+
 /// A READ from this size on is received straight into its buffer; below, several replies share one
 /// system call and are copied from the staging area.
 pub const DIRECT_BYTES: u64 = 16 << 10;
@@ -416,9 +419,14 @@ impl Table {
         Ok(())
     }
 
-    /// The server reports an error; the reply may go on.
+    /// The server reports an error; the reply may go on. One that is about to end has not done what was asked, and
+    /// waits for its clients to leave: the connection is of no more use.
     pub fn error(&mut self, cookie: Cookie, error: u32) -> Result<(), Violation> {
-        self.awaiting(cookie)?.fail(wire::errno(error));
+        let entry = self.awaiting(cookie)?;
+        if error == wire::SHUTTING_DOWN {
+            return Err(SHUTTING_DOWN.into());
+        }
+        entry.fail(wire::errno(error));
         Ok(())
     }
 

@@ -9,7 +9,7 @@
 use std::io::{self, ErrorKind, IoSliceMut};
 use std::task::Waker;
 
-use super::inflight::{Cookie, Extent, Table};
+use super::inflight::{Cookie, Extent, SHUTTING_DOWN, Table};
 use super::stream::{Received, Stream};
 use super::wire::{
     self, ChunkKind, Headers, MAX_REPLY_HEADER, ReplyHeader, Violation, be_u16, be_u32, be_u64,
@@ -110,8 +110,10 @@ impl Replies {
             Expect::Data { .. } => self.receive_staged(stream, STAGING_BYTES)?,
             _ => self.receive_staged(stream, limit)?,
         };
-        self.parse(table, wakers)
-            .map_err(|violation| io::Error::new(ErrorKind::InvalidData, violation.into_owned()))?;
+        self.parse(table, wakers).map_err(|violation| match violation {
+            end if end == SHUTTING_DOWN => io::Error::new(ErrorKind::ConnectionAborted, end),
+            violation => io::Error::new(ErrorKind::InvalidData, violation.into_owned()),
+        })?;
         Ok(received)
     }
 
