@@ -99,9 +99,9 @@ fn main() -> ExitCode {
         clients::qemu_img_agrees ["qemu-img"] if |k| k.visible,
         // Parts of a disk
         parts::gpt_partitions_keep_to_themselves ["loop", "mkfs.ext4", "e2fsck", "sfdisk"]
-            if |k| TYPICAL.contains(&k.name),
+            if |k| ["file", "loop-direct", "nbdkit-4k", "nbdkit-writeback"].contains(&k.name),
         parts::mbr_partitions_keep_to_themselves ["loop", "mkfs.ext4", "e2fsck", "sfdisk"]
-            if |k| TYPICAL.contains(&k.name),
+            if |k| ["file", "loop-direct", "nbdkit-4k", "nbdkit-writeback"].contains(&k.name),
         parts::range_keeps_to_itself if |k| TYPICAL.contains(&k.name),
         parts::truncation_zeroes_no_neighbour
             if |k| TYPICAL.contains(&k.name) && k.visible && !k.writeback,
