@@ -202,8 +202,13 @@ impl Channel {
     }
 
     async fn free_memory(&self) -> Memory {
-        self.wait_for_memory().await;
-        self.take_free().expect("only the reading loop takes any")
+        loop {
+            self.wait_for_memory().await;
+            // None if more could not be allocated.
+            if let Some(memory) = self.take_free() {
+                return memory;
+            }
+        }
     }
 
     async fn wait_for_memory(&self) {

@@ -362,7 +362,9 @@ impl<B: Backend> Loop<B> {
             return Ok(());
         }
         let registered = &mut self.registered[usize::from(queue)];
-        let more = self.queues.take_entries((*registered).min(self.most - *registered));
+        // Another queue may have more than this one got before memory ran out.
+        let room = self.most.saturating_sub(*registered);
+        let more = self.queues.take_entries((*registered).min(room));
         if more == 0 {
             return Ok(());
         }
