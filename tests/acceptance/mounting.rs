@@ -8,7 +8,7 @@ use crate::common::export::Export;
 use crate::common::image::patchy;
 use crate::common::seccomp;
 use crate::common::suite::{Case, SIZE};
-use crate::common::{eventually, is_root, noise, program, succeed};
+use crate::common::{eventually, is_root, mounts, noise, program, succeed};
 
 pub fn missing_mountpoint_is_created_and_removed(case: &Case) {
     let image = case.patchy();
@@ -140,7 +140,7 @@ pub fn unmount_from_outside_ends_it_cleanly(case: &Case) {
     for unmount in unmounts {
         let mut export = case.export(&image, &[]);
         assert_eq!(fs::read(export.file()).unwrap(), case.patchy_bytes());
-        succeed(program(unmount[0], &unmount[1..]).arg(export.file()));
+        mounts::unmount(unmount, export.file());
         export.wait().assert(0, &[]);
     }
 }

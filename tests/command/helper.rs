@@ -1,15 +1,15 @@
 //! mount(8): by the helper mount.diskfuse, and through mount.fuse3.
 
 use std::fs;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use libtest_mimic::Trial;
 
 use crate::common::ability::Ability;
-use crate::common::export::binary;
+use crate::common::export::{Export, binary};
 use crate::common::sandbox::Sandbox;
 use crate::common::suite::trial;
-use crate::common::{eventually, mounts, program, succeed};
+use crate::common::{mounts, program, succeed};
 
 const MOUNT: [Ability; 4] = ["root", "fuse", "mount.fuse3", "findmnt"];
 
@@ -144,13 +144,13 @@ fn run(script: &str) {
 /// Whatever options they are in the habit of giving.
 fn nobody_else_is_sent_to_the_background() {
     let sandbox = Sandbox::new();
-    let disk = sandbox.join("disk");
-    let mut command = Command::new(binary());
-    command.args(["mem:1M"]).arg(&disk).args(["-o", "rw,nosuid,nodev"]).stdin(Stdio::null());
-    let mut child = command.spawn().unwrap();
-    eventually("the mount", || !mounts::mounts_at(&disk).is_empty());
-    assert_eq!(fs::read(&disk).unwrap().len(), 1 << 20);
-    assert!(child.try_wait().unwrap().is_none(), "it has left the foreground");
-    succeed(&mut program("umount", [&disk]));
-    assert!(child.wait().unwrap().success());
+    let habit = |command: &mut Command| {
+        command.args(["-o", "rw,nosuid,nodev"]);
+    };
+    let mut export = Export::try_start("mem:1M", &sandbox.join("disk"), &[], habit)
+        .unwrap_or_else(|ended| panic!("{}", ended.log));
+    assert_eq!(fs::read(export.file()).unwrap().len(), 1 << 20);
+    assert!(!export.has_exited(), "it has left the foreground");
+    mounts::unmount(&["umount"], export.file());
+    export.wait().assert(0, &[]);
 }

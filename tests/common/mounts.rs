@@ -39,6 +39,27 @@ fn unescape(field: &str) -> String {
     escapes.iter().fold(field.to_owned(), |text, (code, char)| text.replace(code, char))
 }
 
+/// Unmounts as a client would, by `umount` or another command. A process that another test starts has this
+/// test's files open until its exec, so that the mount may be busy for a moment.
+#[track_caller]
+pub fn unmount(command: &[&str], path: &Path) {
+    super::eventually("an unmount", || {
+        let mut unmount = super::program(command[0], &command[1..]);
+        unmount.arg(path).current_dir("/").output().unwrap().status.success()
+    });
+}
+
+/// Takes away all that is mounted below a folder: what served it ends.
+pub fn take_away_below(folder: &Path) {
+    let text = std::fs::read("/proc/self/mountinfo").expect("/proc is mounted");
+    let text = String::from_utf8_lossy(&text);
+    let places = text.lines().filter_map(|line| Some(unescape(line.split(' ').nth(4)?)));
+    for place in places.filter(|place| Path::new(place).starts_with(folder)) {
+        eprintln!("{place}: left mounted");
+        take_away(Path::new(&place));
+    }
+}
+
 /// Takes a mount away, dead or alive, used or not.
 pub fn take_away(path: &Path) {
     for seen in mounts_at(path) {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-/// A folder that is removed with all that is in it.
+/// A folder that is removed with all that is in it, and whatever is mounted there.
 pub struct Sandbox(PathBuf);
 
 impl Sandbox {
@@ -48,6 +48,7 @@ impl Sandbox {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
+        super::mounts::take_away_below(&self.0);
         if let Err(e) = std::fs::remove_dir_all(&self.0) {
             eprintln!("{}: left behind: {e}", self.0.display());
         }

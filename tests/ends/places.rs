@@ -136,12 +136,9 @@ pub fn copy_in_another_namespace_keeps_nothing_alive(case: &Case) {
         let mut export = start(case, &one, &[]);
         let _namespace = Namespace::new();
         match by_umount {
-            true => succeed(&mut program("umount", [export.file()])),
-            false => {
-                export.kill(libc::SIGTERM);
-                String::new()
-            }
-        };
+            true => mounts::unmount(&["umount"], export.file()),
+            false => export.kill(libc::SIGTERM),
+        }
         let ended = export.ended_within(AT_ONCE);
         ended.assert(0, &[]);
         assert_eq!(ended.warnings(), [""; 0]);

@@ -265,7 +265,7 @@ pub fn server_ends_with_the_export(bench: &Bench) {
             export.wait().assert(0, &[]);
         }),
         ("umount", |export| {
-            succeed(program("umount", [export.file()]).current_dir("/"));
+            mounts::unmount(&["umount"], export.file());
             export.wait().assert(0, &[]);
         }),
     ];
