@@ -23,8 +23,8 @@ impl Errno {
     pub const ERANGE: Errno = Errno(libc::ERANGE);
     pub const EOPNOTSUPP: Errno = Errno(libc::EOPNOTSUPP);
 
-    /// Whether it tells of something that went wrong, and not only that there is no such operation, attribute (or no room for
-    /// its value), data or hole.
+    /// Whether it tells of something that went wrong, and not only that there is no such operation,
+    /// attribute (or no room for its value), data or hole.
     pub fn is_failure(self) -> bool {
         ![libc::ENOSYS, libc::ENODATA, libc::ERANGE, libc::ENXIO].contains(&self.0)
     }

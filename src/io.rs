@@ -1,8 +1,8 @@
 //! How a serving thread does the I/O of its backend without blocking.
 //!
-//! One [`Io`] belongs to each serving thread. It stands on the thread's ring where there is one (the
-//! FUSE queue's own over io_uring; a private one on the /dev/fuse path), and on the pool of blocking
-//! threads and async-io's reactor where io_uring cannot be used. Lanes see no difference.
+//! One [`Io`] belongs to each serving thread. It stands on the thread's ring where there is one
+//! (the FUSE queue's own over io_uring; a private one on the /dev/fuse path), and on the pool of
+//! blocking threads and async-io's reactor where io_uring cannot be used. Lanes see no difference.
 
 use std::cell::OnceCell;
 use std::fs::File;
@@ -27,8 +27,8 @@ pub struct Io {
 enum Engine {
     /// The thread sleeps in this ring, and its loop submits and reaps.
     Ring(Rc<Ring>),
-    /// The thread sleeps in async-io's reactor. A private ring is made when it is first needed, and a task
-    /// reaps it; none where io_uring cannot be used.
+    /// The thread sleeps in async-io's reactor. A private ring is made when it is first needed, and
+    /// a task reaps it; none where io_uring cannot be used.
     Reactor(OnceCell<Option<Rc<Ring>>>),
 }
 

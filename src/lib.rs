@@ -18,31 +18,41 @@
 //!
 //! Data flows one way: kernel → slot → request → export → backend → reply → kernel. A small request
 //! stays on the thread of its CPU's queue; large ones are shared out between threads. The control
-//! thread ([`run`]) mounts, waits for a signal or the end of the connection, and unmounts; it never
+//! thread ([`program::run`]) mounts, waits for a signal or the end of the connection, and unmounts; it never
 //! touches data.
 //!
 //! Where to find what:
 //!
 //! | to change | look at |
 //! |---|---|
-//! | an option, `--help` | [`cli`], then [`run`], which hands it on; man/diskfuse.1 |
-//! | what happens from start to end, the exit status | [`run`] |
-//! | signals; the background and the pidfile; what is logged where | [`signals`]; [`daemon`]; [`logging`] |
-//! | what --help shows, what a word may have been meant as | [`help`], [`hints`] |
-//! | how mount(8) calls; what systemd is told | [`mount_helper`]; [`service`], configs/systemd |
-//! | mounting, unmounting, what is found at the mountpoint | [`mount`], [`place`] |
-//! | what an operation of FUSE means, the size, the cache modes | [`export`] |
+//! | an option | [`program::cli`]: its `args`, and `values` for the bounds; man/diskfuse.1 |
+//! | `-o`, and what fstab may say | its `mount_options` |
+//! | what an export goes through from start to end | [`program::run`] |
+//! | what ends it: signals, umount, the command of `--run` | its `control` and `stop` |
+//! | the exit status | [`program::failure`] |
+//! | `--info` and `--list`; `--mounts` | [`program::look`], [`program::info`]; [`program::mounts`] |
+//! | `--help`; what a word may have been meant as | [`program::help`]; [`program::hints`] |
+//! | signals; the background and the pidfile | [`program::signals`]; [`program::daemon`] |
+//! | what is logged where | [`program::logging`] |
+//! | how mount(8) calls; what systemd is told | [`program::mount_helper`]; [`program::service`] |
+//! | a server of our own, `[ COMMAND ]` | [`program::server`] |
+//! | mounting, unmounting, what is found at the mountpoint | [`mount`] |
+//! | what an operation of FUSE means, the cache modes | [`export`] |
+//! | the size, truncation; mode, owner, times | its `size`; `attributes` |
+//! | errors that an fsync has to tell | [`export::open_files`] |
+//! | counters, and how they are told | [`stats`]; [`export::report`] |
 //! | the FUSE protocol, a new operation | [`fuse`], then [`export`] |
 //! | what is negotiated with the kernel, how many threads there are | [`session`] |
-//! | whether a thread polls, and which one serves a request | [`transport::pace`], [`transport::queues`] |
+//! | whether a thread polls; which one serves a request | [`transport::pace`]; [`transport::queues`] |
 //! | the two ways of requests | [`transport::legacy`], [`transport::uring`] |
-//! | a request's memory | [`transport::slot`], `transport::entries` |
-//! | interrupted clients; errors that an fsync has to tell | [`interrupts`]; [`open_files`] |
-//! | counters | [`stats`] |
+//! | a request's memory | [`transport::slot`], [`transport::entries`] |
+//! | interrupted clients | [`transport::interrupts`] |
 //! | another kind of source | [`backend`], whose two traits it implements |
-//! | images and block devices | [`backend::file`] |
+//! | images and block devices; a part of a disk | [`backend::file`]; [`backend::part`] |
+//! | partition tables | [`partitions`] |
 //! | the NBD client: its picture is in | [`backend::nbd`] |
-//! | NBD: URIs; connecting, TLS, the handshake | [`backend::nbd::uri`]; its `dial`, `connect`, `tls`, `handshake` |
+//! | NBD: URIs | [`backend::nbd::uri`] |
+//! | NBD: connecting, TLS, the handshake | its `dial`, `connect`, `tls`, `handshake` |
 //! | NBD: a command | its `wire`, `inflight`, `commands` |
 //! | NBD: lost connections, and what is written again | its `connections`, `unflushed` |
 //! | NBD: reading ahead, holes | its `ahead`, `holes`, `extents` |
@@ -60,36 +70,18 @@
 //! | `backend::nbd::stream_copy` | vectors of bytes, aligned where they are written |
 //! | [`pool`] | a buffer on loan stays borrowed until the work has ended |
 
-pub mod ask;
 pub mod backend;
-pub mod cli;
-pub mod daemon;
-pub mod errands;
 pub mod errno;
 pub mod export;
 pub mod fuse;
-pub mod help;
-pub mod hints;
-pub mod info;
-pub mod interrupts;
 pub mod io;
 pub mod locks;
-pub mod logging;
 pub mod mount;
-pub mod mount_helper;
-pub mod mounts;
-pub mod open_files;
-pub mod own_folder;
 pub mod partitions;
-pub mod place;
 pub mod pool;
-pub mod privileges;
-pub mod report;
-pub mod run;
-pub mod server;
-pub mod service;
+pub mod printable;
+pub mod program;
 pub mod session;
-pub mod signals;
 pub mod stats;
 pub mod sys;
 pub mod transport;

@@ -1,8 +1,8 @@
 //! Locks that a process holds for its life, and that the next one may wait for.
 //!
-//! `umount` returns before the process behind the mount has ended. In `umount d; diskfuse ... d` the second process finds
-//! the locks of the first still held, and has to tell one that is about to end from one that serves. So a process
-//! locks a second byte when its end begins ([`say_ending`]).
+//! `umount` returns before the process behind the mount has ended. In `umount d; diskfuse ... d`
+//! the second process finds the locks of the first still held, and has to tell one that is about to
+//! end from one that serves. So a process locks a second byte when its end begins ([`say_ending`]).
 
 use std::fs::File;
 use std::io;
@@ -11,16 +11,17 @@ use std::time::{Duration, Instant};
 
 use crate::sys;
 
-/// How long a process may take to find out that it is unmounted, or the kernel to take a killed one's locks away: I/O in
-/// flight holds the file.
+/// How long a process may take to find out that it is unmounted, or the kernel to take a killed
+/// one's locks away: I/O in flight holds the file.
 const FINDS_OUT: Duration = Duration::from_secs(3);
 /// How long an end may take: the last flush has two minutes.
 const ENDS: Duration = Duration::from_secs(150);
 /// How often the lock is tried.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// Locks the byte at `in_use`. `EAGAIN` if another process goes on holding it. Where there are no locks it says so, and does
-/// without: they keep a mistake from doing harm, and nothing else depends on them.
+/// Locks the byte at `in_use`. `EAGAIN` if another process goes on holding it. Where there are no
+/// locks it says so, and does without: they keep a mistake from doing harm, and nothing else
+/// depends on them.
 pub fn take(file: &File, in_use: u64, ending: u64) -> io::Result<()> {
     when_free(|| sys::lock_byte(file, in_use), || sys::byte_is_locked(file, ending)).or_else(|e| {
         if !has_none(&e) {

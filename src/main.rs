@@ -1,13 +1,15 @@
-//! The program: words → [`diskfuse::cli`] → [`diskfuse::run`] → exit status.
+//! The program: words → [`cli`] → [`run`] → exit status.
 
 use std::ffi::OsString;
 use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use diskfuse::cli::{self, Command, Config, Source};
-use diskfuse::daemon::{self, Process};
-use diskfuse::{ask, errands, logging, mount, mount_helper, mounts, own_folder, run, server};
+use diskfuse::mount::{self, errands};
+use diskfuse::program::cli::{self, Command, Config, Source};
+use diskfuse::program::daemon::{self, Process};
+use diskfuse::program::failure::Failure;
+use diskfuse::program::{ask, logging, look, mount_helper, mounts, own_folder, run, server};
 
 /// Exit status for a command line that makes no sense.
 const USAGE: u8 = 2;
@@ -39,9 +41,9 @@ fn act(words: impl Iterator<Item = OsString>, as_helper: bool) -> u8 {
     match command {
         Ok(Command::Print(text)) => print(&text),
         Ok(Command::Info { source, words, json, remote }) => {
-            answer(run::info(&source, &words, json, &remote))
+            answer(look::info(&source, &words, json, &remote))
         }
-        Ok(Command::List { uri, json, remote }) => answer(run::list(&uri, json, &remote)),
+        Ok(Command::List { uri, json, remote }) => answer(look::list(&uri, json, &remote)),
         Ok(Command::Mounts { json }) => match mounts::list(json) {
             Ok(text) => print(&text),
             Err(e) => fail(&format!("the mounts cannot be listed: {e}"), 1),
@@ -87,7 +89,7 @@ fn understand(words: impl Iterator<Item = OsString>, as_helper: bool) -> Result<
     }
 }
 
-fn answer(result: Result<String, run::Failure>) -> u8 {
+fn answer(result: Result<String, Failure>) -> u8 {
     match result {
         Ok(text) => print(&text),
         Err(failure) => fail(&failure.to_string(), failure.status()),
@@ -110,7 +112,8 @@ fn serve(config: &Config) -> u8 {
     }
 }
 
-/// A pidfile is emptied, and removed at the end: it can be nothing else. An empty image would pass for one.
+/// A pidfile is emptied, and removed at the end: it can be nothing else. An empty image would pass
+/// for one.
 fn pidfile_is_taken(config: &Config) -> Option<String> {
     let pidfile = config.pidfile.as_deref()?;
     let is = |path: Option<&Path>| path.is_some_and(|path| daemon::is_same_file(pidfile, path));

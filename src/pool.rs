@@ -28,8 +28,9 @@ pub async fn read_at(file: &Arc<File>, buf: &mut [u8], offset: u64) -> io::Resul
     let (file, lent) = (file.clone(), Lent(buf.as_mut_ptr(), buf.len()));
     let in_flight = InFlight;
     let work = move || {
-        // SAFETY: `buf` stays borrowed until this closure has ended: the future holds the borrow, and aborts
-        // when it is dropped before. Nobody else uses the buffer meanwhile, since the borrow is exclusive.
+        // SAFETY: `buf` stays borrowed until this closure has ended: the future holds the borrow,
+        // and aborts when it is dropped before. Nobody else uses the buffer meanwhile, since the
+        // borrow is exclusive.
         file.read_at(unsafe { lent.as_mut() }, offset)
     };
     let result = run(work).await;
@@ -72,8 +73,8 @@ impl Lent {
     }
 }
 
-/// Aborts when dropped: the pool may still be using the buffer, so going on could corrupt data without a
-/// trace. Handlers are polled to their end, so this is a bug.
+/// Aborts when dropped: the pool may still be using the buffer, so going on could corrupt data
+/// without a trace. Handlers are polled to their end, so this is a bug.
 struct InFlight;
 
 impl Drop for InFlight {

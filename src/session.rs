@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 use polling::Poller;
 
 use crate::backend::{Backend, WaitsFor};
-use crate::cli::When;
 use crate::export::{Cache, Export};
 use crate::fuse::abi::{self, InHeader, InitIn, InitOut, OutHeader, Plain, init, opcode};
 use crate::fuse::notify::Notifier;
-use crate::interrupts::Interrupts;
+use crate::program::cli::When;
 use crate::stats::{Serving, Stats, Transport};
 use crate::sys;
 use crate::transport::cpus::Cpus;
+use crate::transport::interrupts::Interrupts;
 use crate::transport::legacy::{Baton, Worker};
 use crate::transport::queues::Queues;
 use crate::transport::slot::PAYLOAD_LEN;
@@ -42,20 +42,24 @@ const WANTED: u64 = init::ASYNC_READ
     | init::INIT_EXT
     | init::DIRECT_IO_ALLOW_MMAP;
 
-/// Requests of the page cache in flight, each of 1 MiB at most, beyond which the kernel does not read ahead: two windows of
-/// [`Options::read_ahead`] for several readers at once, and 32 MiB of ours.
+/// Requests of the page cache in flight, each of 1 MiB at most, beyond which the kernel does not
+/// read ahead: two windows of [`Options::read_ahead`] for several readers at once, and 32 MiB of
+/// ours.
 const READ_AHEAD_REQUESTS: u16 = 32;
 
-/// Entries of all ring queues together, unless the user says otherwise. Each maps 1 MiB, of which pages become resident
-/// when they are used.
+/// Entries of all ring queues together, unless the user says otherwise. Each maps 1 MiB, of which
+/// pages become resident when they are used.
 const RING_REQUESTS: usize = 1024;
-/// Entries that one queue may have of them, unless the user says otherwise. The kernel's queue is that of the submitter's
-/// CPU and spills to no other, so this is what one client can keep in flight.
+/// Entries that one queue may have of them, unless the user says otherwise. The kernel's queue is
+/// that of the submitter's CPU and spills to no other, so this is what one client can keep in
+/// flight.
 const QUEUE_DEPTH: usize = 128;
-/// Entries that a queue begins with where the backend only copies: few large buffers stay in the cache.
+/// Entries that a queue begins with where the backend only copies: few large buffers stay in the
+/// cache.
 const FIRST_COPIES: usize = 4;
-/// Those where requests wait for a disk or a server: a part of all that there may be, and no more than this. An entry that
-/// is registered late takes new requests only; those that the kernel keeps already wait until others are answered.
+/// Those where requests wait for a disk or a server: a part of all that there may be, and no more
+/// than this. An entry that is registered late takes new requests only; those that the kernel keeps
+/// already wait until others are answered.
 const FIRST_WAITING: usize = 64;
 
 /// How to serve.
@@ -69,7 +73,8 @@ pub struct Options {
     pub read_ahead: u64,
 }
 
-/// Whether the connection has ended, which its threads find out: they may still wait for a source that hangs.
+/// Whether the connection has ended, which its threads find out: they may still wait for a source
+/// that hangs.
 #[derive(Debug)]
 pub struct ConnectionEnd {
     has_come: AtomicBool,
@@ -98,7 +103,8 @@ pub struct Session {
     interrupts: Interrupts,
 }
 
-/// A thread's name, and what became of it; an error without a reason is a panic, which has given its own.
+/// A thread's name, and what became of it; an error without a reason is a panic, which has given
+/// its own.
 type End = (String, Result<(), Option<io::Error>>);
 
 /// The completion threads, waiting for INIT to be answered.
@@ -111,8 +117,8 @@ struct Rings {
 }
 
 impl Session {
-    /// Answers INIT and starts to serve. `ended` is notified whenever a serving thread has ended. An error
-    /// says what to do about it.
+    /// Answers INIT and starts to serve. `ended` is notified whenever a serving thread has ended.
+    /// An error says what to do about it.
     pub fn start<B: Backend>(
         device: OwnedFd,
         export: &Arc<Export<B>>,
@@ -149,7 +155,8 @@ impl Session {
         if rings.is_some() {
             wanted |= init::OVER_IO_URING;
         }
-        // An open with O_TRUNC then makes the kernel believe in a size of 0, whatever the answer to it.
+        // An open with O_TRUNC then makes the kernel believe in a size of 0, whatever the answer to
+        // it.
         if export.growable() {
             wanted |= init::ATOMIC_O_TRUNC;
         }
@@ -173,7 +180,8 @@ impl Session {
             }
         }
         let baton = Baton::default();
-        // Beside rings, only stragglers and what needs no answer come by /dev/fuse: one worker will do.
+        // Beside rings, only stragglers and what needs no answer come by /dev/fuse: one worker will
+        // do.
         let workers = if by_ring { 1 } else { worker_count() };
         for (i, device) in worker_devices(device, workers).into_iter().enumerate() {
             let worker = Worker {
@@ -219,7 +227,8 @@ impl Session {
         for (number, (requests, &cpu)) in receivers.into_iter().zip(&cpus.usable).enumerate() {
             let (sender, receiver) = mpsc::channel();
             proceed.push(sender);
-            // Of its own: the kernel counts each command in what is open, and threads would take turns with that counter.
+            // Of its own: the kernel counts each command in what is open, and threads would take
+            // turns with that counter.
             let device = sys::clone_fuse_device(device).or_else(|_| device.try_clone());
             let thread = RingThread {
                 device: device.map_err(|e| e.to_string())?,
@@ -291,7 +300,8 @@ impl Session {
         self.connection_end.has_come.load(Ordering::Acquire)
     }
 
-    /// Whether all threads have ended, as far as [`Session::reap_failed`] has taken note; they are gone then.
+    /// Whether all threads have ended, as far as [`Session::reap_failed`] has taken note; they are
+    /// gone then.
     pub fn has_ended(&mut self) -> bool {
         if self.running == 0 {
             for thread in self.threads.drain(..) {
@@ -385,7 +395,8 @@ fn depths(wished: Option<usize>, waits_for: WaitsFor, threads: usize) -> (Depths
     (Depths { first: first.min(most), most }, all)
 }
 
-/// A descriptor for each of so many workers; one worker only, where /dev/fuse cannot be opened again.
+/// A descriptor for each of so many workers; one worker only, where /dev/fuse cannot be opened
+/// again.
 fn worker_devices(first: OwnedFd, workers: usize) -> Vec<OwnedFd> {
     let mut devices = vec![first];
     while devices.len() < workers {
@@ -445,11 +456,12 @@ fn flags(offer: &InitIn) -> u64 {
     u64::from(offer.flags) | u64::from(offer.flags2) << 32
 }
 
-/// What is asked of the kernel, given its offer, how many requests can be in flight, what is wanted of it, and how far it
-/// may read ahead, in bytes.
+/// What is asked of the kernel, given its offer, how many requests can be in flight, what is wanted
+/// of it, and how far it may read ahead, in bytes.
 fn init_reply(offer: &InitIn, in_flight: usize, wanted: u64, read_ahead: u64) -> InitOut {
     let granted = wanted & flags(offer);
-    // Asynchronous direct I/O counts as background, and the kernel's default of 12 would throttle it.
+    // Asynchronous direct I/O counts as background, and the kernel's default of 12 would throttle
+    // it.
     let max_background = in_flight.min(usize::from(u16::MAX)) as u16;
     InitOut {
         major: abi::KERNEL_VERSION,
@@ -459,8 +471,8 @@ fn init_reply(offer: &InitIn, in_flight: usize, wanted: u64, read_ahead: u64) ->
         flags: granted as u32,
         flags2: (granted >> 32) as u32,
         max_background,
-        // With so many under way it reads no further ahead, and writes nothing back that nobody waits for. Direct I/O, which
-        // counts as background too, goes on.
+        // With so many under way it reads no further ahead, and writes nothing back that nobody
+        // waits for. Direct I/O, which counts as background too, goes on.
         congestion_threshold: max_background.clamp(1, READ_AHEAD_REQUESTS),
         max_write: PAYLOAD_LEN as u32,
         time_gran: 1,

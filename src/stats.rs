@@ -1,7 +1,8 @@
 //! Counters: what was served, by which transport, and how long it took.
 //!
-//! Each serving thread has its own, and only it writes them, so the data path pays plain adds. Anyone may
-//! read them; the values are exact once the thread has ended, and to whoever has had the answer to a request.
+//! Each serving thread has its own, and only it writes them, so the data path pays plain adds.
+//! Anyone may read them; the values are exact once the thread has ended, and to whoever has had the
+//! answer to a request.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,7 +32,8 @@ impl Counter {
 /// How many latencies are told apart. The last bucket has all from 2^30 µs (18 minutes) on.
 const BUCKETS: usize = 32;
 
-/// How often which latency was met. Bucket 0 is for less than a microsecond, bucket n for 2^(n-1) to 2^n microseconds.
+/// How often which latency was met. Bucket 0 is for less than a microsecond, bucket n for 2^(n-1)
+/// to 2^n microseconds.
 #[derive(Debug, Default)]
 pub struct Histogram([Counter; BUCKETS]);
 
@@ -110,7 +112,8 @@ impl std::fmt::Display for Transport {
     }
 }
 
-/// The transport that carries all but stragglers, and the most requests in flight for each of its threads.
+/// The transport that carries all but stragglers, and the most requests in flight for each of its
+/// threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Serving {
     /// Which one.
@@ -236,7 +239,8 @@ impl OperationSums {
         let sum = |counter: &dyn Fn(&Operation) -> &Counter| -> u64 {
             threads.iter().map(|s| counter(operation(s)).get()).sum()
         };
-        // Those that were answered first: one that arrives or is answered meanwhile must not make it less than none.
+        // Those that were answered first: one that arrives or is answered meanwhile must not make
+        // it less than none.
         let latencies: [u64; BUCKETS] = std::array::from_fn(|i| sum(&|o| &o.latencies.0[i]));
         let answered = latencies.iter().sum();
         let requests = sum(&|o| &o.requests);

@@ -1,7 +1,7 @@
 //! Thin wrappers over libc: descriptors come back owned, errors as [`io::Error`].
 //!
-//! The one fact behind most blocks: the arguments are values, or references that live for the call, and
-//! the kernel writes nothing beyond what their types hold.
+//! The one fact behind most blocks: the arguments are values, or references that live for the call,
+//! and the kernel writes nothing beyond what their types hold.
 
 #![allow(unsafe_code)]
 
@@ -53,8 +53,8 @@ pub fn memfd(name: &str) -> io::Result<File> {
     unsafe { Ok(File::from(owned(check(libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC))?))) }
 }
 
-/// Ends a TCP connection at once, by a reset: what was not sent yet stays unsent, however many descriptors there are. Fails on
-/// a socket of another kind.
+/// Ends a TCP connection at once, by a reset: what was not sent yet stays unsent, however many
+/// descriptors there are. Fails on a socket of another kind.
 pub fn reset_connection(socket: &impl AsRawFd) -> io::Result<()> {
     let to = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
     let length = size_of_val(&to) as libc::socklen_t;
@@ -62,7 +62,8 @@ pub fn reset_connection(socket: &impl AsRawFd) -> io::Result<()> {
     unsafe { check(libc::connect(socket.as_raw_fd(), &to, length)).map(drop) }
 }
 
-/// Bounds the growing pauses between retransmissions, and between probes of a closed window. Since Linux 6.15.
+/// Bounds the growing pauses between retransmissions, and between probes of a closed window. Since
+/// Linux 6.15.
 pub fn set_tcp_longest_pause(socket: &impl AsRawFd, pause: Duration) -> io::Result<()> {
     // include/uapi/linux/tcp.h; libc does not have it yet.
     const TCP_RTO_MAX_MS: libc::c_int = 44;
@@ -102,8 +103,8 @@ pub fn write_two(fd: &impl AsRawFd, head: &[u8], data: &[u8]) -> io::Result<usiz
     check_len(unsafe { libc::writev(fd.as_raw_fd(), parts.as_ptr(), 2) })
 }
 
-/// Reads at `offset` only what needs no waiting; `EAGAIN` otherwise, `EOPNOTSUPP` where the file system
-/// cannot tell.
+/// Reads at `offset` only what needs no waiting; `EAGAIN` otherwise, `EOPNOTSUPP` where the file
+/// system cannot tell.
 pub fn read_at_nowait(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     let part = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     // SAFETY: the one part is writable for its length.
@@ -158,7 +159,8 @@ pub fn block_device_size(file: &File) -> io::Result<u64> {
     Ok(size)
 }
 
-/// Whether a block device is switched to read-only (`BLKROGET`): it may be opened for writing all the same.
+/// Whether a block device is switched to read-only (`BLKROGET`): it may be opened for writing all
+/// the same.
 pub fn is_read_only_device(file: &File) -> bool {
     const BLKROGET: libc::c_ulong = 0x125e;
     let mut read_only: libc::c_int = 0;
@@ -177,10 +179,12 @@ pub fn logical_block_size(file: &File) -> io::Result<u32> {
 }
 
 /// The alignment that direct I/O needs on this file, for memory and for offsets, in bytes
-/// (`STATX_DIOALIGN`, Linux 6.1); none where the kernel does not say, zeroes where direct I/O is not to be had.
+/// (`STATX_DIOALIGN`, Linux 6.1); none where the kernel does not say, zeroes where direct I/O is
+/// not to be had.
 pub fn direct_io_alignment(file: &File) -> Option<(u32, u32)> {
     let mut stat = MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor itself; zeroes are a valid statx.
+    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor itself; zeroes are a valid
+    // statx.
     let stat = unsafe {
         check(libc::statx(
             file.as_raw_fd(),
@@ -270,7 +274,8 @@ pub fn mount(
     .map(drop)
 }
 
-/// Makes one mount read-only, or writable again: that of `file`, whose root it is (`mount_setattr(2)`, Linux 5.12).
+/// Makes one mount read-only, or writable again: that of `file`, whose root it is
+/// (`mount_setattr(2)`, Linux 5.12).
 pub fn set_mount_read_only(file: &impl AsRawFd, read_only: bool) -> io::Result<()> {
     let (mut set, mut clear) = (libc::MOUNT_ATTR_RDONLY, 0);
     if !read_only {
@@ -279,7 +284,8 @@ pub fn set_mount_read_only(file: &impl AsRawFd, read_only: bool) -> io::Result<(
     let attr = libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
     let (fd, flags) = (file.as_raw_fd(), libc::AT_EMPTY_PATH);
     let size = size_of_val(&attr);
-    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor itself; the kernel reads `size` bytes of `attr`.
+    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor itself; the kernel reads `size`
+    // bytes of `attr`.
     let result = unsafe {
         libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), flags, &raw const attr, size)
     };
@@ -320,15 +326,15 @@ pub fn wait_readable(fd: &impl AsRawFd, timeout: std::time::Duration) -> io::Res
     }
 }
 
-/// Receives one byte with a descriptor attached (`SCM_RIGHTS`), as fusermount3 sends it. None when the
-/// other side closed without sending one.
+/// Receives one byte with a descriptor attached (`SCM_RIGHTS`), as fusermount3 sends it. None when
+/// the other side closed without sending one.
 pub fn receive_fd(socket: &impl AsRawFd) -> io::Result<Option<OwnedFd>> {
     let mut byte = 0_u8;
     let mut part = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
     // u64s, for the alignment of cmsghdr; room for one descriptor and more than the macros ask.
     let mut control = [0_u64; 8];
-    // SAFETY: all of the header's pointers stay valid for the call, with the lengths given; the control
-    // macros walk only what the kernel filled in; a descriptor received is ours.
+    // SAFETY: all of the header's pointers stay valid for the call, with the lengths given; the
+    // control macros walk only what the kernel filled in; a descriptor received is ours.
     unsafe {
         let mut message: libc::msghdr = std::mem::zeroed();
         message.msg_iov = &raw mut part;
@@ -375,14 +381,14 @@ pub struct SignalsBefore {
     file_size: libc::sighandler_t,
 }
 
-/// Blocks `signals` in this thread and all threads that it starts, and returns a descriptor that reads them
-/// (`signalfd(2)`), not blocking. SIGXFSZ is ignored from then on: a write past the file size limit is to fail, not to
-/// kill the program. Also says how all of that was before.
+/// Blocks `signals` in this thread and all threads that it starts, and returns a descriptor that
+/// reads them (`signalfd(2)`), not blocking. SIGXFSZ is ignored from then on: a write past the file
+/// size limit is to fail, not to kill the program. Also says how all of that was before.
 pub fn signal_fd(signals: &[libc::c_int]) -> io::Result<(OwnedFd, SignalsBefore)> {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     let mut mask = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigemptyset initialises the set that the others read, and pthread_sigmask the former mask; no handler is
-    // installed; the descriptor is ours.
+    // SAFETY: sigemptyset initialises the set that the others read, and pthread_sigmask the former
+    // mask; no handler is installed; the descriptor is ours.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         for &signal in signals {
@@ -406,8 +412,8 @@ pub fn signal_fd(signals: &[libc::c_int]) -> io::Result<(OwnedFd, SignalsBefore)
 pub fn restore_signals(command: &mut std::process::Command, before: SignalsBefore) {
     use std::os::unix::process::CommandExt;
     let restore = move || {
-        // SAFETY: both are async-signal-safe; the mask is a valid one, and what SIGXFSZ did is no handler of another
-        // program.
+        // SAFETY: both are async-signal-safe; the mask is a valid one, and what SIGXFSZ did is no
+        // handler of another program.
         unsafe {
             libc::signal(libc::SIGXFSZ, before.file_size);
             match libc::pthread_sigmask(libc::SIG_SETMASK, &before.mask, std::ptr::null_mut()) {
@@ -424,10 +430,11 @@ pub fn restore_signals(command: &mut std::process::Command, before: SignalsBefor
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 const PR_GET_IO_FLUSHER: libc::c_int = 58;
 
-/// Tells the kernel that this thread, and all that it starts from now on, write out pages of other programs: while they
-/// allocate memory, or make pages dirty themselves, they are not to wait for those pages, which would wait for them
-/// (`PR_SET_IO_FLUSHER`). Whether that is new: it is inherited, also by a program that is executed. `EPERM` without
-/// CAP_SYS_RESOURCE, `EINVAL` before Linux 5.6.
+/// Tells the kernel that this thread, and all that it starts from now on, write out pages of other
+/// programs: while they allocate memory, or make pages dirty themselves, they are not to wait for
+/// those pages, which would wait for them (`PR_SET_IO_FLUSHER`). Whether that is new: it is
+/// inherited, also by a program that is executed. `EPERM` without CAP_SYS_RESOURCE, `EINVAL` before
+/// Linux 5.6.
 pub fn become_io_flusher() -> io::Result<bool> {
     let none: libc::c_ulong = 0;
     // SAFETY: no pointers.
@@ -443,7 +450,8 @@ fn set_io_flusher(on: bool) -> io::Result<()> {
         .map(drop)
 }
 
-/// Has the child that `command` starts be no flusher ([`become_io_flusher`]): it is a program like any other.
+/// Has the child that `command` starts be no flusher ([`become_io_flusher`]): it is a program like
+/// any other.
 pub fn end_io_flusher(command: &mut std::process::Command) {
     use std::os::unix::process::CommandExt;
     // It was allowed before. If it is not any more, the command runs all the same.
@@ -469,8 +477,8 @@ pub fn page_size() -> io::Result<u64> {
     u64::try_from(size).map_err(|_| io::Error::last_os_error())
 }
 
-/// Gives the kernel the memory that was freed. glibc keeps large buffers too, once some of their size have been freed:
-/// its threshold for mappings of their own adapts.
+/// Gives the kernel the memory that was freed. glibc keeps large buffers too, once some of their
+/// size have been freed: its threshold for mappings of their own adapts.
 pub fn trim_heap() {
     // SAFETY: no pointers, and any thread may call it.
     #[cfg(target_env = "gnu")]
@@ -479,7 +487,8 @@ pub fn trim_heap() {
     };
 }
 
-/// Sees to it that `wanted` files can be open at once, as far as the hard limit (`RLIMIT_NOFILE`) allows. How many can be.
+/// Sees to it that `wanted` files can be open at once, as far as the hard limit (`RLIMIT_NOFILE`)
+/// allows. How many can be.
 pub fn allow_open_files(wanted: u64) -> io::Result<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: both only read or fill in the structure.
@@ -494,15 +503,15 @@ pub fn allow_open_files(wanted: u64) -> io::Result<u64> {
     Ok(limit.rlim_cur)
 }
 
-/// Watches `source` with `poller`. The caller deletes it from the poller before either is closed, which is
-/// polling's rule.
+/// Watches `source` with `poller`. The caller deletes it from the poller before either is closed,
+/// which is polling's rule.
 pub fn watch(
     poller: &polling::Poller,
     source: &impl AsRawFd,
     interest: polling::Event,
 ) -> io::Result<()> {
-    // SAFETY: epoll copes with a source that is closed first: it forgets it. So not even a caller that breaks
-    // the rule can do worse than lose events.
+    // SAFETY: epoll copes with a source that is closed first: it forgets it. So not even a caller
+    // that breaks the rule can do worse than lose events.
     unsafe { poller.add(source.as_raw_fd(), interest) }
 }
 
@@ -559,7 +568,8 @@ impl CpuSet {
 
 /// `fork(2)`: the child's number in the parent, none in the child.
 ///
-/// Only for a process of one thread: others would be missing in the child, with whatever they had locked.
+/// Only for a process of one thread: others would be missing in the child, with whatever they had
+/// locked.
 pub fn fork() -> io::Result<Option<libc::pid_t>> {
     // SAFETY: with one thread, the child is a whole copy, and may do anything.
     let pid = check(unsafe { libc::fork() })?;
@@ -581,7 +591,8 @@ pub fn close_inherited(kept: &[RawFd]) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits for a child to end, and gives its exit status as a shell has it: 128 and the signal that killed it.
+/// Waits for a child to end, and gives its exit status as a shell has it: 128 and the signal that
+/// killed it.
 pub fn wait_for(child: libc::pid_t) -> io::Result<u8> {
     let mut status = 0;
     loop {
@@ -607,7 +618,8 @@ pub fn new_session() -> io::Result<()> {
     check(unsafe { libc::setsid() }).map(drop)
 }
 
-/// Has `fd` be open as `number` too, also in a program that is executed. Nothing of this process may own that number.
+/// Has `fd` be open as `number` too, also in a program that is executed. Nothing of this process
+/// may own that number.
 pub fn duplicate_to(fd: &impl AsRawFd, number: RawFd) -> io::Result<()> {
     // SAFETY: no pointers; nothing owns what is closed.
     check(unsafe { libc::dup2(fd.as_raw_fd(), number) }).map(drop)

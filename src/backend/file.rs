@@ -1,12 +1,13 @@
 //! A local source: a regular file, a block device, or memory.
 //!
-//! A request is served on its own thread as long as that does not wait: memory always, the page cache
-//! where `RWF_NOWAIT` finds the data there. Only what would block goes to the thread's ring or to the pool.
+//! A request is served on its own thread as long as that does not wait: memory always, the page
+//! cache where `RWF_NOWAIT` finds the data there. Only what would block goes to the thread's ring
+//! or to the pool.
 //!
 //! With direct I/O (`--direct`) the file is open twice. Requests that are aligned use the O_DIRECT
-//! descriptor; the others, and those that touch a last partial block, use the page cache and write it out
-//! before they end. The two may not overlap in one block, or the cache could write older neighbours over a
-//! direct write: a [`RangeLock`] keeps them apart.
+//! descriptor; the others, and those that touch a last partial block, use the page cache and write
+//! it out before they end. The two may not overlap in one block, or the cache could write older
+//! neighbours over a direct write: a [`RangeLock`] keeps them apart.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
@@ -20,14 +21,13 @@ use std::time::Duration;
 use super::length::Length;
 use super::range_lock::RangeLock;
 use super::{Backend, Capabilities, Lane, Seek, Stat, WaitsFor, Zero};
-use crate::info::LocalInfo;
 use crate::io::Io;
 use crate::{locks, sys};
 
 /// Zeroes are written in pieces of this length, in bytes.
 const ZEROES_LEN: usize = 256 << 10;
-/// One byte far behind any data stands for "exported writable". Other programs' locks are elsewhere:
-/// qemu's tools lock bytes 100 to 299.
+/// One byte far behind any data stands for "exported writable". Other programs' locks are
+/// elsewhere: qemu's tools lock bytes 100 to 299.
 const WRITER_LOCK: u64 = i64::MAX as u64 - 1;
 /// The byte that says that the export is about to end.
 const ENDING_LOCK: u64 = i64::MAX as u64 - 2;
@@ -43,7 +43,7 @@ pub struct Options {
 
 /// A local source could not be opened: what, why, and what to do about it.
 #[derive(Debug)]
-pub struct OpenError(String);
+pub struct OpenError(pub String);
 
 impl std::fmt::Display for OpenError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -62,8 +62,9 @@ enum Medium {
     Cached,
 }
 
-/// File systems that answer `stat` of an open file from memory, without asking anybody (linux/magic.h): ext4, XFS, Btrfs,
-/// tmpfs, F2FS, ramfs and devtmpfs. Others may be another host's, or another process's.
+/// File systems that answer `stat` of an open file from memory, without asking anybody
+/// (linux/magic.h): ext4, XFS, Btrfs, tmpfs, F2FS, ramfs and devtmpfs. Others may be another
+/// host's, or another process's.
 const STAT_FROM_MEMORY: [i64; 6] =
     [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0xf2f5_2010, 0x8584_58f6];
 
@@ -85,7 +86,8 @@ pub struct FileBackend {
 /// The second descriptor, for direct I/O.
 #[derive(Debug)]
 struct Direct {
-    /// The kernel tells each open file once of data that was lost, whoever wrote it. No flush is made by this one.
+    /// The kernel tells each open file once of data that was lost, whoever wrote it. No flush is
+    /// made by this one.
     file: Arc<File>,
     memory_align: usize,
     offset_align: u64,
@@ -105,8 +107,9 @@ impl FileBackend {
         })?;
         check_type(&metadata).map_err(|why| fail(&why))?;
 
-        // A device that is mounted, or part of an array or a volume group, is claimed exclusively: so are its partitions,
-        // whatever node they are opened by. (For a regular file the flag would mean nothing.)
+        // A device that is mounted, or part of an array or a volume group, is claimed exclusively:
+        // so are its partitions, whatever node they are opened by. (For a regular file the flag
+        // would mean nothing.)
         let claim = if metadata.file_type().is_block_device() { libc::O_EXCL } else { 0 };
         let open = |write: bool, flags: libc::c_int| {
             OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
@@ -148,17 +151,6 @@ impl FileBackend {
         Ok(Arc::new(backend))
     }
 
-    /// Says what `path` is, without locking out who wants to write.
-    pub fn look_at(path: &Path) -> Result<LocalInfo, OpenError> {
-        let options = Options { read_only: true, direct: false };
-        let backend = FileBackend::open(path, options)?;
-        let name = path.display().to_string();
-        let info = LocalInfo::of(name, &backend)
-            .map_err(|e| OpenError(format!("{}: {e}", path.display())))?;
-        let read_only = why_not_writable(&OpenOptions::new().write(true).open(path)).is_some();
-        Ok(LocalInfo { read_only, resizable: !read_only && !backend.is_device, ..info })
-    }
-
     /// `size` bytes of sparse memory.
     pub fn memory(size: u64, read_only: bool) -> Result<Arc<FileBackend>, OpenError> {
         let make = || {
@@ -168,6 +160,11 @@ impl FileBackend {
             io::Result::Ok(FileBackend { is_memory: true, ..backend })
         };
         make().map(Arc::new).map_err(|e| OpenError(format!("mem:{size}: {e}")))
+    }
+
+    /// A block device.
+    pub fn is_device(&self) -> bool {
+        self.is_device
     }
 
     /// What it is, in a word or two.
@@ -209,13 +206,13 @@ impl FileBackend {
         })
     }
 
-    /// One thread's own opening of `file`, or the common one if there can be none. The kernel counts each call in what is
-    /// open, so threads that use a common one take turns with that counter. What was written is flushed and its
-    /// errors are found by either.
+    /// One thread's own opening of `file`, or the common one if there can be none. The kernel
+    /// counts each call in what is open, so threads that use a common one take turns with that
+    /// counter. What was written is flushed and its errors are found by either.
     fn for_one_thread(&self, file: &Arc<File>, flags: libc::c_int) -> Arc<File> {
         let open = |flags| open_again(file, self.capabilities.read_only, flags);
-        // Not for every owner. After a write the next read would update the image's inode; the export has times of its
-        // own.
+        // Not for every owner. After a write the next read would update the image's inode; the
+        // export has times of its own.
         let own = open(flags | libc::O_NOATIME).or_else(|_| open(flags));
         own.map(Arc::new).unwrap_or_else(|e| {
             log::debug!("the source cannot be opened again: {e}");
@@ -223,8 +220,9 @@ impl FileBackend {
         })
     }
 
-    /// A source that says it has bytes where none can be read would give errors later, in the middle of
-    /// somebody's work. Who asks for nothing but reads may be after what can be read of a disk that fails.
+    /// A source that says it has bytes where none can be read would give errors later, in the
+    /// middle of somebody's work. Who asks for nothing but reads may be after what can be read of a
+    /// disk that fails.
     fn check_end(&self, path: &Path, is_rescue: bool) -> Result<(), String> {
         let size = self.size();
         if size == 0 {
@@ -260,7 +258,7 @@ fn open_again(file: &File, read_only: bool, flags: libc::c_int) -> io::Result<Fi
 }
 
 /// Why what was opened for writing cannot be written, if it is that.
-fn why_not_writable(opened: &io::Result<File>) -> Option<String> {
+pub fn why_not_writable(opened: &io::Result<File>) -> Option<String> {
     match opened {
         Ok(file) => sys::is_read_only_device(file).then(|| "the device is read-only".into()),
         Err(e) => matches!(
@@ -313,8 +311,8 @@ impl Direct {
         })
     }
 
-    /// Whether this range of this memory can be direct, in a file of `size` bytes whose last partial
-    /// block cannot.
+    /// Whether this range of this memory can be direct, in a file of `size` bytes whose last
+    /// partial block cannot.
     fn fits(&self, offset: u64, memory: &[u8], size: u64) -> bool {
         let len = memory.len() as u64;
         offset.is_multiple_of(self.offset_align)
@@ -497,7 +495,8 @@ impl FileLane {
         let (start, len) = (pages.start, pages.end - pages.start);
         let _alone = direct.lock.exclusive(pages).await;
         self.write_cached(offset, data).await?;
-        // Not by the one that is flushed: it may find another write's error, which a flush must find as well.
+        // Not by the one that is flushed: it may find another write's error, which a flush must
+        // find as well.
         let file = direct.file.clone();
         self.io.blocking(move || sys::write_out(&file, start, len)).await
     }
@@ -508,7 +507,8 @@ impl FileLane {
         self.io.blocking(move || sys::fallocate(&file, mode, offset, len)).await
     }
 
-    /// tmpfs makes no zeroed ranges, but holes, which need no memory. A file of it has its space kept by reserving it again.
+    /// tmpfs makes no zeroed ranges, but holes, which need no memory. A file of it has its space
+    /// kept by reserving it again.
     async fn zero_memory(&self, offset: u64, len: u64, how: Zero) -> io::Result<()> {
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         self.fallocate(punch, offset, len).await?;
@@ -518,8 +518,8 @@ impl FileLane {
         Ok(())
     }
 
-    /// Zeroes by writing them, piece by piece on another thread: through the page cache no piece would wait, and a long range
-    /// would keep everybody else from this thread.
+    /// Zeroes by writing them, piece by piece on another thread: through the page cache no piece
+    /// would wait, and a long range would keep everybody else from this thread.
     async fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
         let zeroes = Arc::new(vec![0; ZEROES_LEN.min(len as usize)]);
         let mut at = offset;
@@ -612,7 +612,8 @@ impl Lane for FileLane {
 
     async fn allocate(&self, offset: u64, len: u64, keep_size: bool) -> io::Result<()> {
         if self.backend.is_memory {
-            // There is nothing to reserve: memory that is taken may be short for others, and is no safer.
+            // There is nothing to reserve: memory that is taken may be short for others, and is no
+            // safer.
             let grows = !keep_size && offset + len > self.backend.size();
             return if grows { self.resize(offset + len).await } else { Ok(()) };
         }
@@ -644,7 +645,8 @@ impl Lane for FileLane {
             Seek::Data => libc::SEEK_DATA,
             Seek::Hole => libc::SEEK_HOLE,
         };
-        // It waits for whoever changes the file's blocks, and for those that tell of them; in memory it looks at every page.
+        // It waits for whoever changes the file's blocks, and for those that tell of them; in
+        // memory it looks at every page.
         let file = self.backend.file.clone();
         match self.io.blocking(move || sys::lseek(&file, offset, whence)).await {
             // Devices, and file systems that keep no account of holes: everything is data.

@@ -3,8 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-/// The length of a file, in bytes, as far as it is known. The kernel extends and truncates one at a time (it holds the
-/// inode's lock), so what is noted after each follows the file. It looks at it (GETATTR) at any time.
+/// The length of a file, in bytes, as far as it is known. The kernel extends and truncates one at a
+/// time (it holds the inode's lock), so what is noted after each follows the file. It looks at it
+/// (GETATTR) at any time.
 #[derive(Debug)]
 pub struct Length {
     bytes: AtomicU64,
@@ -23,8 +24,8 @@ impl Length {
         self.bytes.load(Ordering::Acquire)
     }
 
-    /// Something was written up to `end`. Others may have cut the file off before that, so to be as long as it was is a
-    /// change too.
+    /// Something was written up to `end`. Others may have cut the file off before that, so to be as
+    /// long as it was is a change too.
     pub fn grow_to(&self, end: u64) {
         if end >= self.get() {
             *self.changes() += 1;
@@ -38,8 +39,8 @@ impl Length {
         self.bytes.store(bytes, Ordering::Release);
     }
 
-    /// Has a `look` at the file, and takes over the length that it shows: others may have changed it. Not if it was changed
-    /// here meanwhile, since then `look` may have come before that.
+    /// Has a `look` at the file, and takes over the length that it shows: others may have changed
+    /// it. Not if it was changed here meanwhile, since then `look` may have come before that.
     pub fn look<T, E>(
         &self,
         look: impl FnOnce() -> Result<T, E>,

@@ -1,12 +1,13 @@
 //! What stores the bytes.
 //!
-//! A [`Backend`] is shared by all serving threads. Each of them makes a [`Lane`] for itself: its own
-//! way to the bytes (a ring, a connection), used by that thread only, so that no lock and no hop
-//! stands between a request and its I/O. A lane serves any number of operations at once and may
+//! A [`Backend`] is shared by all serving threads. Each of them makes a [`Lane`] for itself: its
+//! own way to the bytes (a ring, a connection), used by that thread only, so that no lock and no
+//! hop stands between a request and its I/O. A lane serves any number of operations at once and may
 //! complete them in any order.
 //!
-//! Ranges are checked above ([`crate::export`]): they never reach past [`Backend::size`], except where
-//! an operation says so. Errors are plain [`io::Error`]s; the export maps them to what FUSE may say.
+//! Ranges are checked above ([`crate::export`]): they never reach past [`Backend::size`], except
+//! where an operation says so. Errors are plain [`io::Error`]s; the export maps them to what FUSE
+//! may say.
 
 use std::io;
 use std::rc::Rc;
@@ -47,15 +48,16 @@ pub enum WaitsFor {
     Memory,
     /// A disk, past the page cache.
     Disk,
-    /// Another host, which may never answer. What a lane does may be dropped before its end, and the
-    /// buffer used again.
+    /// Another host, which may never answer. What a lane does may be dropped before its end, and
+    /// the buffer used again.
     Server,
 }
 
 /// The time stamps and the allocation of a source, as `stat` shows them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stat {
-    /// Space in use, in bytes; where the source cannot tell, the whole size, or a little less where it has holes.
+    /// Space in use, in bytes; where the source cannot tell, the whole size, or a little less where
+    /// it has holes.
     pub allocated_bytes: u64,
     /// Last read, last write and last change of the source itself: seconds and nanoseconds.
     pub atime: (i64, u32),
@@ -94,7 +96,8 @@ pub struct RemoteStats {
     pub reconnects: u64,
     /// Requests that wait for it to come back.
     pub waiting: usize,
-    /// What of acknowledged data is kept, to be written again after its crash, in bytes; none: nothing is kept.
+    /// What of acknowledged data is kept, to be written again after its crash, in bytes; none:
+    /// nothing is kept.
     pub unflushed_bytes: Option<u64>,
     /// Reads that were answered, in part at least, by what was read ahead, ...
     pub read_ahead_hits: u64,
@@ -124,10 +127,12 @@ pub trait Backend: Send + Sync + 'static {
     /// The size in bytes, now.
     fn size(&self) -> u64;
 
-    /// Fills `buf` from `offset`, blocking: before the first lane is made. `UnexpectedEof` where the source ends first.
+    /// Fills `buf` from `offset`, blocking: before the first lane is made. `UnexpectedEof` where
+    /// the source ends first.
     fn read_at_start(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
 
-    /// The size of a sector in bytes, where the source has such a thing: what partition tables count in.
+    /// The size of a sector in bytes, where the source has such a thing: what partition tables
+    /// count in.
     fn sector_bytes(&self) -> Option<u32> {
         None
     }
@@ -135,48 +140,50 @@ pub trait Backend: Send + Sync + 'static {
     /// Time stamps and allocation, now; it may block, see [`Lane::stat`].
     fn stat(&self) -> io::Result<Stat>;
 
-    /// From now on [`Lane::read_cached`] may read so many bytes ahead of each reader that goes in order; zero: none, as at
-    /// the beginning.
+    /// From now on [`Lane::read_cached`] may read so many bytes ahead of each reader that goes in
+    /// order; zero: none, as at the beginning.
     fn set_read_ahead(&self, _bytes: u64) {}
 
-    /// Nobody has had the file open, so others may have changed the source: what is remembered of its bytes is
-    /// forgotten.
+    /// Nobody has had the file open, so others may have changed the source: what is remembered of
+    /// its bytes is forgotten.
     fn forget(&self) {}
 
     /// The export is about to end: nothing is to wait any more for a source that is away.
     fn hurry(&self) {}
 
-    /// How it stands with the server that the bytes come from, if they come from one. It asks nobody.
+    /// How it stands with the server that the bytes come from, if they come from one. It asks
+    /// nobody.
     fn stats(&self) -> Option<RemoteStats> {
         None
     }
 
-    /// Makes everything acknowledged durable, blocking, and takes leave of the source; called once when all serving
-    /// threads have ended, also where nothing could be written. A source that is away is waited for as long as `patience`.
+    /// Makes everything acknowledged durable, blocking, and takes leave of the source; called once
+    /// when all serving threads have ended, also where nothing could be written. A source that is
+    /// away is waited for as long as `patience`.
     fn last_flush(&self, patience: Duration) -> io::Result<()>;
 }
 
 /// One thread's way to the bytes of a [`Backend`].
 ///
-/// A future that was polled must be polled to its end, unless it waits for a [`WaitsFor::Server`]: I/O that the
-/// kernel has begun may still use the buffer.
+/// A future that was polled must be polled to its end, unless it waits for a [`WaitsFor::Server`]:
+/// I/O that the kernel has begun may still use the buffer.
 #[allow(async_fn_in_trait)] // lanes stay on their thread, so no caller needs `Send` futures
 pub trait Lane: 'static {
     /// Fills `buf` from `offset`. Fewer bytes than asked mean that the source ends there.
     async fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize>;
 
-    /// As [`Lane::read`], for the kernel's page cache: what follows may be fetched before it is asked for
-    /// ([`Backend::set_read_ahead`]).
+    /// As [`Lane::read`], for the kernel's page cache: what follows may be fetched before it is
+    /// asked for ([`Backend::set_read_ahead`]).
     async fn read_cached(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         self.read(offset, buf).await
     }
 
-    /// Writes all of `data` at `offset`; past the end only where the export is growable. With `durable`
-    /// (O_DSYNC) the data is on stable storage when this returns.
+    /// Writes all of `data` at `offset`; past the end only where the export is growable. With
+    /// `durable` (O_DSYNC) the data is on stable storage when this returns.
     async fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()>;
 
-    /// Makes every write that has completed durable. `NotConnected`: nothing is lost by the failure, another flush may
-    /// succeed.
+    /// Makes every write that has completed durable. `NotConnected`: nothing is lost by the
+    /// failure, another flush may succeed.
     async fn flush(&self) -> io::Result<()>;
 
     /// Makes the range read as zeroes, or fails with `EOPNOTSUPP` and changes nothing.

@@ -1,10 +1,11 @@
 //! A part of a source, as a source of its own: a partition, or a range of bytes.
 //!
-//! [`Part`] wraps a whole [`Backend`], and its lanes wrap the whole's: they shift offsets and bound ranges, so that
-//! neither what is above nor what is below knows of it. Whole disks are not wrapped, and have no cost.
+//! [`Part`] wraps a whole [`Backend`], and its lanes wrap the whole's: they shift offsets and bound
+//! ranges, so that neither what is above nor what is below knows of it. Whole disks are not
+//! wrapped, and have no cost.
 //!
-//! Nothing leaves the part, whatever is asked: what reaches past its end is refused here, behind the checks of the export.
-//! Its size is fixed.
+//! Nothing leaves the part, whatever is asked: what reaches past its end is refused here, behind
+//! the checks of the export. Its size is fixed.
 
 use std::fmt;
 use std::io;
@@ -28,7 +29,8 @@ pub struct Part<B> {
 }
 
 impl<B: Backend> Part<B> {
-    /// The bytes of `whole` in `range`; `InvalidInput` where not all of them are there, or there are none.
+    /// The bytes of `whole` in `range`; `InvalidInput` where not all of them are there, or there
+    /// are none.
     pub fn new(whole: Arc<B>, range: Range<u64>) -> io::Result<Arc<Part<B>>> {
         if range.is_empty() || range.end > whole.size() {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -118,7 +120,8 @@ impl<B: Backend> PartLane<B> {
         }
     }
 
-    /// Where a read that may reach past the end begins in the whole, and how many of its bytes are in the part.
+    /// Where a read that may reach past the end begins in the whole, and how many of its bytes are
+    /// in the part.
     fn place_of_read(&self, offset: u64, len: usize) -> (u64, usize) {
         let offset = offset.min(self.part.size());
         let len = (self.part.size() - offset).min(len as u64) as usize;
@@ -126,7 +129,8 @@ impl<B: Backend> PartLane<B> {
     }
 }
 
-/// The part is whole, or a read is an error: its size is fixed, so what has been cut off is not an end but a loss.
+/// The part is whole, or a read is an error: its size is fixed, so what has been cut off is not an
+/// end but a loss.
 fn all_of(read: usize, len: usize) -> io::Result<usize> {
     if read < len {
         log::error!("the source was cut off: it ends before the end of the part that is served");
@@ -198,7 +202,8 @@ mod tests {
     const PART: Range<u64> = 5000..13_000;
     const LEN: u64 = PART.end - PART.start;
 
-    /// A disk of ones, and a lane of a part of it. Memory never waits, so that no ring and no reactor is needed.
+    /// A disk of ones, and a lane of a part of it. Memory never waits, so that no ring and no
+    /// reactor is needed.
     fn part() -> (Arc<FileBackend>, PartLane<FileBackend>) {
         let whole = FileBackend::memory(WHOLE, false).unwrap();
         let io = Io::in_reactor(Rc::new(LocalExecutor::new()));

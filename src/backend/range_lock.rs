@@ -1,12 +1,14 @@
 //! Locks over byte ranges.
 //!
-//! A read-modify-write of a block must exclude every write that overlaps it, or the older bytes that
-//! it read come back over newer ones. Plain writes share: they may overlap each other, as on any
-//! disk. The kernel sends direct writes in parallel, so this is needed even for a single client.
+//! A read-modify-write of a block must exclude every write that overlaps it, or the older bytes
+//! that it read come back over newer ones. Plain writes share: they may overlap each other, as on
+//! any disk. The kernel sends direct writes in parallel, so this is needed even for a single
+//! client.
 //!
-//! Requests have numbers in the order of their arrival, and one is granted when no earlier one conflicts
-//! with it: nobody starves. A shared one conflicts with exclusive ones only, of which there are hardly
-//! ever any, so it does not look at the others. The mutex is held for that look, never across I/O.
+//! Requests have numbers in the order of their arrival, and one is granted when no earlier one
+//! conflicts with it: nobody starves. A shared one conflicts with exclusive ones only, of which
+//! there are hardly ever any, so it does not look at the others. The mutex is held for that look,
+//! never across I/O.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

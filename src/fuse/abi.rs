@@ -63,7 +63,8 @@ pub const FOPEN_NOFLUSH: u32 = 1 << 5;
 /// `FOPEN_PARALLEL_DIRECT_WRITES`: direct writes that do not extend the file run in parallel.
 pub const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 
-/// `FUSE_WRITE_CACHE`: a WRITE of what the page cache holds, which its client may believe written long since.
+/// `FUSE_WRITE_CACHE`: a WRITE of what the page cache holds, which its client may believe written
+/// long since.
 pub const WRITE_CACHE: u32 = 1 << 0;
 
 /// `FUSE_NOTIFY_INVAL_INODE`, in the place of an error in a message that answers no request.
@@ -96,8 +97,8 @@ pub const FUSE_IO_URING_CMD_COMMIT_AND_FETCH: u32 = 2;
 macro_rules! plain {
     ($($name:ident: $size:expr),* $(,)?) => {$(
         const _: () = assert!(size_of::<$name>() == $size);
-        // SAFETY: repr(C), made of integers only, and of the kernel's size, which its fields add up to:
-        // there is no padding, and every bit pattern is a value.
+        // SAFETY: repr(C), made of integers only, and of the kernel's size, which its fields add up
+        // to: there is no padding, and every bit pattern is a value.
         unsafe impl Plain for $name {}
     )*};
 }

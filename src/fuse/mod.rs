@@ -1,5 +1,5 @@
-//! The FUSE protocol: its structures ([`abi`]), the decoding of requests ([`request`]), the encoding of
-//! replies ([`reply`]), and what is told to the kernel unasked ([`notify`]).
+//! The FUSE protocol: its structures ([`abi`]), the decoding of requests ([`request`]), the
+//! encoding of replies ([`reply`]), and what is told to the kernel unasked ([`notify`]).
 
 pub mod abi;
 pub mod notify;

@@ -19,10 +19,12 @@ impl Notifier {
         Notifier { device: Arc::new(device) }
     }
 
-    /// Drops what the page cache holds of a range of the file. A length of zero means up to the end.
+    /// Drops what the page cache holds of a range of the file. A length of zero means up to the
+    /// end.
     ///
-    /// By the pool, since the kernel waits for pages that are being read or written, which may need the calling thread.
-    /// So never on behalf of a request whose client holds pages locked: that of a WRITE through the cache.
+    /// By the pool, since the kernel waits for pages that are being read or written, which may need
+    /// the calling thread. So never on behalf of a request whose client holds pages locked: that of
+    /// a WRITE through the cache.
     pub async fn invalidate(&self, offset: u64, len: u64) -> io::Result<()> {
         let device = self.device.clone();
         pool::run(move || {

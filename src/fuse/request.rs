@@ -1,7 +1,7 @@
 //! Decoding: a request's header and arguments become an [`Op`] of plain values.
 //!
-//! All knowledge of opcodes is here. Nothing is borrowed: the data of a WRITE stays where the transport
-//! put it, and [`Op::Write`] says only how much of it there is.
+//! All knowledge of opcodes is here. Nothing is borrowed: the data of a WRITE stays where the
+//! transport put it, and [`Op::Write`] says only how much of it there is.
 
 use super::abi::{
     self, FallocateIn, GetattrIn, HandleIn, InHeader, InterruptIn, LseekIn, OpenIn, Plain,
@@ -14,7 +14,8 @@ use crate::errno::Errno;
 pub enum Op {
     /// `stat`
     Getattr {
-        /// The open file on whose behalf the kernel asks by itself, before a write to its page cache for example
+        /// The open file on whose behalf the kernel asks by itself, before a write to its page
+        /// cache for example
         handle: Option<u64>,
     },
     /// `chmod`, `chown`, `truncate`, `utimensat`
@@ -41,7 +42,8 @@ pub enum Op {
         offset: u64,
         /// In bytes
         size: u32,
-        /// It is what the page cache held (`mmap`, or write-back): its client may believe it written.
+        /// It is what the page cache held (`mmap`, or write-back): its client may believe it
+        /// written.
         from_cache: bool,
         /// The file was opened with O_DSYNC or O_SYNC: answer when the data is on stable storage.
         durable: bool,
@@ -96,16 +98,18 @@ pub enum Op {
         /// The request's number
         unique: u64,
     },
-    /// FORGET and BATCH_FORGET: the kernel waits for no answer, and the one node is never forgotten.
+    /// FORGET and BATCH_FORGET: the kernel waits for no answer, and the one node is never
+    /// forgotten.
     Unanswered,
 }
 
 impl Op {
-    /// Decodes `args`, the bytes after the header. `payload_len` bounds what a READ may ask for and a
-    /// WRITE may bring. `ENOSYS` for an operation that an exported file does not have, after which the
-    /// kernel does without it; `EINVAL` for one that breaks the protocol.
+    /// Decodes `args`, the bytes after the header. `payload_len` bounds what a READ may ask for and
+    /// a WRITE may bring. `ENOSYS` for an operation that an exported file does not have, after
+    /// which the kernel does without it; `EINVAL` for one that breaks the protocol.
     pub fn decode(header: &InHeader, args: &[u8], payload_len: usize) -> Result<Op, Errno> {
-        // What the kernel hands over beyond the header; it never leaves a first argument incomplete.
+        // What the kernel hands over beyond the header; it never leaves a first argument
+        // incomplete.
         let need = |bytes: usize| if args.len() < bytes { Err(Errno::EINVAL) } else { Ok(()) };
         let bounded = |size: u32| {
             if size as usize > payload_len { Err(Errno::EINVAL) } else { Ok(size) }

@@ -1,4 +1,5 @@
-//! The GUID partition table: a header and an array of entries behind the first sector, and a copy of both at the end.
+//! The GUID partition table: a header and an array of entries behind the first sector, and a copy
+//! of both at the end.
 
 use super::{Disk, Kind, Partition, SECTOR, Table, u32_at, u64_at};
 

@@ -1,4 +1,5 @@
-//! The master boot record: four entries in the first sector, and a chain of extended records behind one of them.
+//! The master boot record: four entries in the first sector, and a chain of extended records behind
+//! one of them.
 
 use super::{Disk, Kind, Partition, SECTOR, Table, u32_at};
 

@@ -1,11 +1,13 @@
 //! Partition tables, GPT and MBR: what `--partition` looks for, and `--info` shows.
 //!
-//! They are read, never written. A table is what some disk says of itself, so nothing in it is believed before it was
-//! checked, and what is read is bounded. What is checked, and how partitions are numbered, is as in Linux
-//! (block/partitions), so that a number means the same here as in `/dev/sda2`.
+//! They are read, never written. A table is what some disk says of itself, so nothing in it is
+//! believed before it was checked, and what is read is bounded. What is checked, and how partitions
+//! are numbered, is as in Linux (block/partitions), so that a number means the same here as in
+//! `/dev/sda2`.
 //!
-//! A parser of our own: the crate `gpt` panics on a header that it does not expect, and reads as many entries as that
-//! asks for; `mbrman` brings eleven more packages, one of them given up. Both are made for changing tables.
+//! A parser of our own: the crate `gpt` panics on a header that it does not expect, and reads as
+//! many entries as that asks for; `mbrman` brings eleven more packages, one of them given up. Both
+//! are made for changing tables.
 
 use std::fmt;
 use std::io;
@@ -113,7 +115,8 @@ impl<B: Backend> Disk for B {
     }
 }
 
-/// Reads the table of a source, blocking; none if it has none. An error says why it cannot be read or believed.
+/// Reads the table of a source, blocking; none if it has none. An error says why it cannot be read
+/// or believed.
 pub fn read<B: Backend>(source: &B) -> Result<Option<Table>, String> {
     read_disk(source)
 }

@@ -1,12 +1,13 @@
 //! Waking a thread that sleeps in its ring.
 //!
-//! The thread's handlers are woken through a [`Doorbell`], mostly by the thread itself: then it is a flag.
-//! Another thread (the pool, a connection shared between queues) must also end the sleep: an eventfd does,
-//! which a poll armed in the ring watches.
+//! The thread's handlers are woken through a [`Doorbell`], mostly by the thread itself: then it is
+//! a flag. Another thread (the pool, a connection shared between queues) must also end the sleep:
+//! an eventfd does, which a poll armed in the ring watches.
 //!
-//! No ring is lost: the sleeper sets `sleeping` and then looks at `rung`, the ringer sets `rung` and then looks
-//! at `sleeping`, each with a sequentially consistent fence between, so at least one of them sees the other. loom tries every order:
-//! `RUSTFLAGS="--cfg diskfuse_loom" cargo test --lib doorbell::every_order`.
+//! No ring is lost: the sleeper sets `sleeping` and then looks at `rung`, the ringer sets `rung`
+//! and then looks at `sleeping`, each with a sequentially consistent fence between, so at least one
+//! of them sees the other. loom tries every order: `RUSTFLAGS="--cfg diskfuse_loom" cargo test
+//! --lib doorbell::every_order`.
 
 use std::io;
 use std::os::fd::OwnedFd;

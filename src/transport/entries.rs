@@ -1,8 +1,8 @@
 //! The entries on one thread's ring, and who has their memory.
 //!
 //! An entry's [`Memory`] is moved in here when it goes to the kernel ([`Entries::register`],
-//! [`Entries::commit`]) and out again when its completion is reaped ([`Entries::reap`]): while the kernel may
-//! use it, nobody else can name it.
+//! [`Entries::commit`]) and out again when its completion is reaped ([`Entries::reap`]): while the
+//! kernel may use it, nobody else can name it.
 //!
 //! An entry is of the queue that it was registered with, and on the ring of its last commit.
 
@@ -58,8 +58,8 @@ impl Entries {
         Entries { ring, device, in_kernel: RefCell::new(in_kernel) }
     }
 
-    /// Registers an entry for each memory with the queue that it is of. One that the kernel refuses completes
-    /// with its error.
+    /// Registers an entry for each memory with the queue that it is of. One that the kernel refuses
+    /// completes with its error.
     pub fn register(&self, memory: Vec<Memory>) -> io::Result<()> {
         // Made to its full length first: a vector that does not grow does not move them.
         let registered: Vec<_> = memory
@@ -70,8 +70,8 @@ impl Entries {
             })
             .collect();
         for (key, queue, iovecs) in &registered {
-            // SAFETY: the iovecs outlive the enters below that submit them; the memory is in `in_kernel`, which
-            // gives it out only after the entry's completion.
+            // SAFETY: the iovecs outlive the enters below that submit them; the memory is in
+            // `in_kernel`, which gives it out only after the entry's completion.
             unsafe {
                 self.ring.register_entry(self.device.as_raw_fd(), *queue, *key as u32, iovecs);
             }
@@ -89,8 +89,9 @@ impl Entries {
         entered
     }
 
-    /// Takes the completions that are there: memory that holds a request, or why an entry has ended.
-    /// Returns how many completions there were, those of other operations on the ring included.
+    /// Takes the completions that are there: memory that holds a request, or why an entry has
+    /// ended. Returns how many completions there were, those of other operations on the ring
+    /// included.
     pub fn reap(&self, mut on_entry: impl FnMut(io::Result<Memory>)) -> usize {
         self.ring.reap(|key, result| {
             // The kernel completes what it has, once.
@@ -102,13 +103,13 @@ impl Entries {
         })
     }
 
-    /// Gives an entry back to the kernel with the answer in its memory, and asks for its next request on this
-    /// ring, on whichever it was before.
+    /// Gives an entry back to the kernel with the answer in its memory, and asks for its next
+    /// request on this ring, on whichever it was before.
     pub fn commit(&self, memory: Memory, commit_id: u64) {
         let queue = memory.queue();
         let key = self.in_kernel.borrow_mut().insert(memory);
-        // SAFETY: having the memory means that the entry's completion was reaped and no commit was pushed
-        // since; from here on it is in `in_kernel` until the next completion.
+        // SAFETY: having the memory means that the entry's completion was reaped and no commit was
+        // pushed since; from here on it is in `in_kernel` until the next completion.
         unsafe { self.ring.commit(self.device.as_raw_fd(), queue, key as u32, commit_id) };
     }
 
@@ -129,9 +130,9 @@ impl Entries {
 
     /// Gives back the pages that a burst of large requests left in idle entries.
     pub fn give_back_pages(&self) {
-        // The kernel has these entries, but it writes to them only in task work, which under DEFER_TASKRUN
-        // runs on this thread inside an enter. A request that is in the memory already has a completion,
-        // and a commit that was not submitted has its answer there.
+        // The kernel has these entries, but it writes to them only in task work, which under
+        // DEFER_TASKRUN runs on this thread inside an enter. A request that is in the memory
+        // already has a completion, and a commit that was not submitted has its answer there.
         if self.ring.has_completions() || self.ring.has_unsubmitted() {
             return;
         }
@@ -143,8 +144,8 @@ impl Entries {
 
 impl Drop for Entries {
     fn drop(&mut self) {
-        // Entries that have not completed: the kernel may still use their memory, so it is never freed. This
-        // happens only when a thread fails.
+        // Entries that have not completed: the kernel may still use their memory, so it is never
+        // freed. This happens only when a thread fails.
         self.in_kernel.get_mut().memory.drain().for_each(std::mem::forget);
     }
 }

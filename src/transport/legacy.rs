@@ -1,13 +1,14 @@
 //! The /dev/fuse path.
 //!
-//! Each worker thread has a descriptor of its own (`FUSE_DEV_IOC_CLONE`), a smol `LocalExecutor` that
-//! multiplexes it through async-io, and a lane. Requests come from one queue that all descriptors share;
-//! an answer goes back through the descriptor that its request came from.
+//! Each worker thread has a descriptor of its own (`FUSE_DEV_IOC_CLONE`), a smol `LocalExecutor`
+//! that multiplexes it through async-io, and a lane. Requests come from one queue that all
+//! descriptors share; an answer goes back through the descriptor that its request came from.
 //!
-//! One worker at a time is *the reader*: it holds the [`Baton`], and only it polls or waits for requests.
-//! Waking every worker for each request would cost more than serving it. The reader hands the baton
-//! on before it begins what takes long (a large copy, a backlog), so that the others help when there is
-//! something to help with, and a lone client at depth 1 is served by one thread without a hop.
+//! One worker at a time is *the reader*: it holds the [`Baton`], and only it polls or waits for
+//! requests. Waking every worker for each request would cost more than serving it. The reader hands
+//! the baton on before it begins what takes long (a large copy, a backlog), so that the others help
+//! when there is something to help with, and a lone client at depth 1 is served by one thread
+//! without a hop.
 //!
 //! The bound on requests in flight is each worker's slots: it reads only into free memory.
 
@@ -32,11 +33,11 @@ use crate::backend::Backend;
 use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::abi::{InHeader, OutHeader, Plain, ReadWriteIn, XattrIn, opcode};
-use crate::interrupts::Interrupts;
 use crate::io::Io;
 use crate::session::ConnectionEnd;
 use crate::stats::ThreadStats;
 use crate::sys;
+use crate::transport::interrupts::Interrupts;
 
 /// A WRITE's header and arguments end where the payload begins, so that its data is page-aligned.
 const READ_AT: usize = HEAD_LEN - size_of::<InHeader>() - size_of::<ReadWriteIn>();
@@ -183,7 +184,8 @@ impl Channel {
         }
     }
 
-    /// Memory for one more request, if there may be any. When none is left, as much again is allocated.
+    /// Memory for one more request, if there may be any. When none is left, as much again is
+    /// allocated.
     fn take_free(&self) -> Option<Memory> {
         let more = self.depth.get().min(self.most.get() - self.depth.get());
         if self.free.borrow().is_empty() && more > 0 {
@@ -258,7 +260,8 @@ impl Channel {
         }
     }
 
-    /// Waits for `event`: a request, or the turn to wait for one. When a burst of large ones is over, their pages go.
+    /// Waits for `event`: a request, or the turn to wait for one. When a burst of large ones is
+    /// over, their pages go.
     async fn wait<B: Backend, T>(&self, server: &Server<B>, event: impl Future<Output = T>) -> T {
         let mut event = pin!(event);
         while self.free.borrow().iter().any(Memory::has_burst_pages) {

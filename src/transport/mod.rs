@@ -16,14 +16,15 @@ use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::reply::Reply;
 use crate::fuse::request::Op;
-use crate::interrupts::{self, Interrupts, Waiting};
 use crate::pool;
 use crate::stats::{Operation, ThreadStats};
+use interrupts::{Interrupts, Waiting};
 use slot::Slot;
 
 pub mod cpus;
 pub mod doorbell;
 pub mod entries;
+pub mod interrupts;
 pub mod legacy;
 pub mod pace;
 pub mod queues;
@@ -78,11 +79,11 @@ impl<B: Backend> Server<B> {
         server
     }
 
-    /// Serves one request: answers it before it returns where that needs no waiting, else makes it a task
-    /// of its own.
+    /// Serves one request: answers it before it returns where that needs no waiting, else makes it
+    /// a task of its own.
     pub async fn serve(self: &Rc<Self>, slot: Slot) {
-        // Boxed before it is known whether it waits: a future that was polled cannot move any more. A box is
-        // a fiftieth of what a request costs.
+        // Boxed before it is known whether it waits: a future that was polled cannot move any more.
+        // A box is a fiftieth of what a request costs.
         let mut request = Box::pin(self.clone().answer(slot));
         if future::poll_once(&mut request).await.is_some() {
             return;
@@ -185,10 +186,11 @@ impl<B: Backend> Server<B> {
         handled: Pin<&mut impl Future<Output = Result<Reply, Errno>>>,
     ) -> Result<Reply, Errno> {
         let given_up = async {
-            // By the pool: /proc makes whoever asks wait for a process that executes a program, and the close in that may be
-            // what is asked about.
+            // By the pool: /proc makes whoever asks wait for a process that executes a program, and
+            // the close in that may be what is asked about.
             let was_killed = move || interrupts::was_killed(client);
-            // The close in the exit of a client that was killed: nobody hears its answer, and it cannot be interrupted.
+            // The close in the exit of a client that was killed: nobody hears its answer, and it
+            // cannot be interrupted.
             if matches!(op, Op::Flush { .. }) && pool::run(was_killed).await {
                 return;
             }

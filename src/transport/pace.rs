@@ -1,9 +1,9 @@
 //! Whether a thread with nothing to do polls or sleeps.
 //!
-//! A sleep costs the wake-up, which on an idle virtual CPU is more than the request that it is for. A
-//! poll costs CPU time that others may want. So a thread polls where by its own history the next request
-//! comes sooner than a wake-up, and for no longer than twice the usual time; and all polls in vain
-//! together use at most a fixed part of the time that requests take.
+//! A sleep costs the wake-up, which on an idle virtual CPU is more than the request that it is for.
+//! A poll costs CPU time that others may want. So a thread polls where by its own history the next
+//! request comes sooner than a wake-up, and for no longer than twice the usual time; and all polls
+//! in vain together use at most a fixed part of the time that requests take.
 //!
 //! | state | what happens | next state |
 //! |---|---|---|
@@ -49,8 +49,9 @@ impl Pace {
         Pace { state: State::Working { since: now }, gap: Duration::ZERO, credit: MOST_CREDIT }
     }
 
-    /// Nothing is there `now`: whether to look again, rather than sleep. From the second look on this
-    /// yields the CPU: a client may wait for this very one. On an idle CPU that is a short system call.
+    /// Nothing is there `now`: whether to look again, rather than sleep. From the second look on
+    /// this yields the CPU: a client may wait for this very one. On an idle CPU that is a short
+    /// system call.
     pub fn polls_at(&mut self, now: Instant) -> bool {
         if let State::Polling { until, .. } = self.state
             && now < until
@@ -163,7 +164,8 @@ mod tests {
     #[test]
     fn polls_in_vain_use_a_fixed_part_of_the_work() {
         let mut thread = Thread::new();
-        // Gaps of two kinds that average to one which is worth a poll, so that many polls are in vain.
+        // Gaps of two kinds that average to one which is worth a poll, so that many polls are in
+        // vain.
         for _ in 0..10_000 {
             thread.request_after(micros(5), micros(0));
             thread.request_after(micros(80), micros(0));

@@ -1,23 +1,23 @@
 //! Which thread serves a request.
 //!
 //! The kernel has a queue for each *possible* CPU. A thread runs for each CPU that this process may
-//! use, and serves that CPU's queue; the queues of the other CPUs, which hardly ever have a request,
-//! are divided between the threads.
+//! use, and serves that CPU's queue; the queues of the other CPUs, which hardly ever have a
+//! request, are divided between the threads.
 //!
 //! The thread that commits an entry gets the entry's next request, whichever queue it is of: the
 //! kernel completes an entry on the ring of its last commit, and copies the payload there
-//! (`fuse_uring_commit_fetch` in fs/fuse/dev_uring.c). So requests are shared by handing an entry over
-//! once, and not by a hop for each:
+//! (`fuse_uring_commit_fetch` in fs/fuse/dev_uring.c). So requests are shared by handing an entry
+//! over once, and not by a hop for each:
 //!
-//! * **Large requests** are all copying, twice. A thread that has more of them than another one, with
-//!   which it has a cache in common, hands one over, and the other thread's CPU does both copies of it,
-//!   and of those that follow it in its entry.
-//! * **Small requests** are served by their queue's own thread, near the client. One that arrives in
-//!   an entry that was handed over returns with it. The kernel takes the entry that was committed last,
-//!   so few have to.
+//! * **Large requests** are all copying, twice. A thread that has more of them than another one,
+//!   with which it has a cache in common, hands one over, and the other thread's CPU does both
+//!   copies of it, and of those that follow it in its entry.
+//! * **Small requests** are served by their queue's own thread, near the client. One that arrives
+//!   in an entry that was handed over returns with it. The kernel takes the entry that was
+//!   committed last, so few have to.
 //!
-//! Each thread keeps its first entry ([`Memory::is_kept`]): without any it would hear of nothing, the
-//! end of the connection included.
+//! Each thread keeps its first entry ([`Memory::is_kept`]): without any it would hear of nothing,
+//! the end of the connection included.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -56,8 +56,8 @@ struct Thread {
 }
 
 impl Queues {
-    /// A thread for each usable CPU, with the handlers' end of its channel; `entries` is the most that
-    /// may be registered, and one for each queue at least.
+    /// A thread for each usable CPU, with the handlers' end of its channel; `entries` is the most
+    /// that may be registered, and one for each queue at least.
     pub fn new(cpus: &Cpus, entries: usize) -> (Arc<Queues>, Vec<Receiver<Memory>>) {
         let count = cpus.usable.len();
         let entries = entries.max(cpus.possible);
@@ -103,8 +103,8 @@ impl Queues {
         spare.unwrap_or_default().min(wanted)
     }
 
-    /// Takes the request that has arrived in `memory` at the thread `here` to the thread that serves
-    /// it. Whether that is another one.
+    /// Takes the request that has arrived in `memory` at the thread `here` to the thread that
+    /// serves it. Whether that is another one.
     pub fn route(&self, here: usize, memory: Memory) -> bool {
         let large = is_large(&memory);
         let there = match (large, memory.is_kept()) {
@@ -166,8 +166,8 @@ impl Queues {
     }
 }
 
-/// Whether copying makes up most of this request. The same as long as the request's header is in the
-/// memory.
+/// Whether copying makes up most of this request. The same as long as the request's header is in
+/// the memory.
 pub fn is_large(memory: &Memory) -> bool {
     let header: InHeader = memory.head_struct(uring_header::IN_OUT);
     let len = match header.opcode {

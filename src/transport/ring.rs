@@ -3,10 +3,10 @@
 //! This is the only place that builds submission entries, and so the only one that hands memory to
 //! the kernel. Two kinds of work are in flight, told apart by `user_data`:
 //!
-//! * a **FUSE entry** ([`Ring::register_entry`], [`Ring::commit`]): its memory is a slot's, owned by the
-//!   kernel from the push until its completion is reaped;
-//! * an **operation** ([`Operation`]): a future; its memory is borrowed by whoever awaits it, until its
-//!   completion is reaped.
+//! * a **FUSE entry** ([`Ring::register_entry`], [`Ring::commit`]): its memory is a slot's, owned
+//!   by the kernel from the push until its completion is reaped;
+//! * an **operation** ([`Operation`]): a future; its memory is borrowed by whoever awaits it, until
+//!   its completion is reaped.
 //!
 //! Nothing here blocks except [`Ring::enter`] with `wait`.
 
@@ -33,8 +33,8 @@ const FUSE_ENTRY: u64 = 1 << 63;
 /// An operation that moves data.
 const IO: u64 = 1 << 62;
 
-/// One io_uring with 128-byte entries and the operations in flight on it. Neither `Send` nor `Sync`:
-/// `SINGLE_ISSUER` and `DEFER_TASKRUN` bind it to the thread that made it.
+/// One io_uring with 128-byte entries and the operations in flight on it. Neither `Send` nor
+/// `Sync`: `SINGLE_ISSUER` and `DEFER_TASKRUN` bind it to the thread that made it.
 pub struct Ring {
     /// Entered by this thread only.
     uring: RefCell<IoUring<Entry128, cqueue::Entry>>,
@@ -55,8 +55,8 @@ enum Progress {
 
 impl Ring {
     /// A ring with room for `entries` submissions between two enters and four times as many
-    /// completions. The kernel's reason when io_uring is not to be had: `EPERM` (forbidden by sysctl or
-    /// seccomp), `ENOSYS` (not built in), `ENOMEM` (memlock limit).
+    /// completions. The kernel's reason when io_uring is not to be had: `EPERM` (forbidden by
+    /// sysctl or seccomp), `ENOSYS` (not built in), `ENOMEM` (memlock limit).
     pub fn new(entries: u32) -> io::Result<Rc<Ring>> {
         let uring = IoUring::<Entry128, cqueue::Entry>::builder()
             .dontfork()
@@ -76,8 +76,8 @@ impl Ring {
         Ok(Rc::new(ring))
     }
 
-    /// Sees one completion. A seccomp filter may allow the set-up and forbid the rest, and a ring that is promised
-    /// to FUSE but cannot be entered would hang the mount.
+    /// Sees one completion. A seccomp filter may allow the set-up and forbid the rest, and a ring
+    /// that is promised to FUSE but cannot be entered would hang the mount.
     fn probe(&self) -> io::Result<()> {
         // SAFETY: it uses no memory.
         drop(unsafe { self.operation(opcode::Nop::new().build().into(), false) });
@@ -87,8 +87,8 @@ impl Ring {
     }
 
     /// An eventfd that the kernel signals when there is something to [`reap`](Ring::reap) after an
-    /// [`enter`](Ring::enter). (The ring's own descriptor does not do: under `DEFER_TASKRUN` it polls
-    /// readable only for what was completed, and nothing completes before the enter.)
+    /// [`enter`](Ring::enter). (The ring's own descriptor does not do: under `DEFER_TASKRUN` it
+    /// polls readable only for what was completed, and nothing completes before the enter.)
     pub fn completion_event(&self) -> io::Result<OwnedFd> {
         let event = sys::eventfd()?;
         self.uring.borrow().submitter().register_eventfd(event.as_raw_fd())?;
@@ -104,7 +104,8 @@ impl Ring {
     /// (`IORING_SQ_TASKRUN`), so that polling needs no system call.
     pub fn has_work(&self) -> bool {
         let uring = self.uring.borrow();
-        // SAFETY: `RefCell` says that nobody holds the queue mutably, and this thread is its only user.
+        // SAFETY: `RefCell` says that nobody holds the queue mutably, and this thread is its only
+        // user.
         unsafe { uring.submission_shared() }.taskrun()
     }
 
@@ -128,12 +129,13 @@ impl Ring {
         self.does_io.get()
     }
 
-    /// Submits what was pushed and runs the kernel's deferred work for this ring (without an enter that
-    /// asks for events nothing completes under `DEFER_TASKRUN`). With `wait` it sleeps until there is a
-    /// completion. `EINTR` is no error: the caller's loop comes round again.
+    /// Submits what was pushed and runs the kernel's deferred work for this ring (without an enter
+    /// that asks for events nothing completes under `DEFER_TASKRUN`). With `wait` it sleeps until
+    /// there is a completion. `EINTR` is no error: the caller's loop comes round again.
     pub fn enter(&self, wait: bool) -> io::Result<()> {
         let uring = self.uring.borrow();
-        // SAFETY: no argument is passed, and the entries in the queue were checked when they were pushed.
+        // SAFETY: no argument is passed, and the entries in the queue were checked when they were
+        // pushed.
         let entered = unsafe {
             const IORING_ENTER_GETEVENTS: u32 = 1;
             let submitted = self.queued(&uring);
@@ -155,12 +157,13 @@ impl Ring {
     }
 
     fn queued(&self, uring: &IoUring<Entry128, cqueue::Entry>) -> u32 {
-        // SAFETY: `RefCell` says that nobody holds the queue mutably, and this thread is its only user.
+        // SAFETY: `RefCell` says that nobody holds the queue mutably, and this thread is its only
+        // user.
         unsafe { uring.submission_shared() }.len() as u32
     }
 
-    /// Takes every completion that is there. FUSE entries go to `on_entry` as (index, result); those
-    /// of operations wake whoever awaits them. Returns how many there were.
+    /// Takes every completion that is there. FUSE entries go to `on_entry` as (index, result);
+    /// those of operations wake whoever awaits them. Returns how many there were.
     pub fn reap(&self, mut on_entry: impl FnMut(u32, i32)) -> usize {
         let mut reaped = 0;
         loop {
@@ -193,9 +196,9 @@ impl Ring {
     /// Registers FUSE entry `index` of queue `qid` (`FUSE_IO_URING_CMD_REGISTER`).
     ///
     /// # Safety
-    /// `iovecs` names the entry's header and payload. The two iovecs must live until the next enter, the
-    /// memory they name until the entry's last completion, and nobody may use that memory before the
-    /// entry completes.
+    /// `iovecs` names the entry's header and payload. The two iovecs must live until the next
+    /// enter, the memory they name until the entry's last completion, and nobody may use that
+    /// memory before the entry completes.
     pub unsafe fn register_entry(
         &self,
         fuse: RawFd,
@@ -237,7 +240,8 @@ impl Ring {
         let entry = opcode::Read::new(Fd(file.as_raw_fd()), buf.as_mut_ptr(), clamp_len(buf.len()))
             .offset(offset)
             .build();
-        // SAFETY: `Operation<'a>` borrows the file and the buffer until the completion, see its `Drop`.
+        // SAFETY: `Operation<'a>` borrows the file and the buffer until the completion, see its
+        // `Drop`.
         unsafe { self.operation(entry.into(), true) }
     }
 
@@ -255,7 +259,8 @@ impl Ring {
         unsafe { self.operation(entry.into(), true) }
     }
 
-    /// Completes when `fd` polls one of `events` (`POLLIN`, `POLLOUT`), an error or a hang-up. May be dropped.
+    /// Completes when `fd` polls one of `events` (`POLLIN`, `POLLOUT`), an error or a hang-up. May
+    /// be dropped.
     pub fn poll<'a>(&'a self, fd: &'a impl AsRawFd, events: libc::c_short) -> Operation<'a> {
         let entry = opcode::PollAdd::new(Fd(fd.as_raw_fd()), events as u32).build();
         // SAFETY: a poll uses no memory of ours; the kernel takes its own reference to the file.
@@ -263,7 +268,8 @@ impl Ring {
     }
 
     /// # Safety
-    /// Memory that `entry` names must be borrowed for `'a`, and `owns_memory` must be set if there is any.
+    /// Memory that `entry` names must be borrowed for `'a`, and `owns_memory` must be set if there
+    /// is any.
     unsafe fn operation<'a>(&'a self, entry: Entry128, owns_memory: bool) -> Operation<'a> {
         let key = self.operations.borrow_mut().insert(Progress::Waiting(None));
         let mut user_data = key as u64;
@@ -285,8 +291,8 @@ impl Ring {
             if unsafe { self.uring.borrow_mut().submission().push(&entry) }.is_ok() {
                 return;
             }
-            // The submission queue is full: one enter empties it, since SUBMIT_ALL does not stop at errors.
-            // Completions for which there is no room wait in the kernel.
+            // The submission queue is full: one enter empties it, since SUBMIT_ALL does not stop at
+            // errors. Completions for which there is no room wait in the kernel.
             if let Err(e) = self.enter(false) {
                 log::error!("io_uring_enter: {e}");
             }
@@ -339,8 +345,8 @@ impl Drop for Operation<'_> {
         if matches!(operations[key], Progress::Done(_)) {
             operations.remove(key);
         } else if self.owns_memory {
-            // The buffer's borrow ends here, but the kernel's use of it does not. Handlers are polled to
-            // their end, so this is a bug; going on could corrupt data without a trace.
+            // The buffer's borrow ends here, but the kernel's use of it does not. Handlers are
+            // polled to their end, so this is a bug; going on could corrupt data without a trace.
             log::error!("an I/O operation was dropped in flight");
             std::process::abort();
         } else {
@@ -349,8 +355,9 @@ impl Drop for Operation<'_> {
     }
 }
 
-/// What an enter says that is no failure: the caller's loop comes round again. EBUSY: completions must be
-/// reaped first, which it does next. EAGAIN: there is no memory for a request just now. ETIME: the sleep is over.
+/// What an enter says that is no failure: the caller's loop comes round again. EBUSY: completions
+/// must be reaped first, which it does next. EAGAIN: there is no memory for a request just now.
+/// ETIME: the sleep is over.
 fn settle(entered: io::Result<usize>) -> io::Result<()> {
     match entered {
         Ok(_) => Ok(()),
@@ -368,11 +375,12 @@ fn clamp_len(len: usize) -> u32 {
 
 /// Sets `sqe.len`, for which the crate's `UringCmd80` has no setter.
 fn set_len(mut entry: Entry128, len: u32) -> Entry128 {
-    // include/uapi/linux/io_uring.h: struct io_uring_sqe, `len` follows opcode, flags, ioprio, fd, off, addr.
+    // include/uapi/linux/io_uring.h: struct io_uring_sqe, `len` follows opcode, flags, ioprio, fd,
+    // off, addr.
     const LEN_OFFSET: usize = 24;
     const _: () = assert!(size_of::<Entry128>() == 128 && align_of::<Entry128>() >= 4);
-    // SAFETY: `Entry128` is repr(C) and begins with the kernel's struct io_uring_sqe, so a u32 at offset 24
-    // lies inside it and is aligned.
+    // SAFETY: `Entry128` is repr(C) and begins with the kernel's struct io_uring_sqe, so a u32 at
+    // offset 24 lies inside it and is aligned.
     unsafe { (&raw mut entry).cast::<u32>().add(LEN_OFFSET / size_of::<u32>()).write(len) };
     entry
 }

@@ -1,12 +1,12 @@
 //! The memory of requests, and [`Slot`], the token for one of them.
 //!
-//! Who has a slot's memory: *kernel → transport → handler → transport → kernel*. It is always exactly one
-//! of them. A request reaches the handler as a `Slot`; answering consumes it, so that a second answer does
-//! not compile, and one that is dropped unanswered answers EIO and logs.
+//! Who has a slot's memory: *kernel → transport → handler → transport → kernel*. It is always
+//! exactly one of them. A request reaches the handler as a `Slot`; answering consumes it, so that a
+//! second answer does not compile, and one that is dropped unanswered answers EIO and logs.
 //!
 //! Memory comes from an `Arena`: one mapping per serving thread, made at start, cut into pieces of
-//! a head and a payload. Its pages become resident when they are first used. The payload is page-aligned,
-//! so that a backend's direct I/O can use it, and data is never moved:
+//! a head and a payload. Its pages become resident when they are first used. The payload is
+//! page-aligned, so that a backend's direct I/O can use it, and data is never moved:
 //!
 //! ```text
 //!            head (4096)                        payload (1 MiB)
@@ -43,7 +43,8 @@ struct Arena {
     len: usize,
 }
 
-// SAFETY: an arena is an address and a length, and gives no access to what is there but by its `Memory`s.
+// SAFETY: an arena is an address and a length, and gives no access to what is there but by its
+// `Memory`s.
 unsafe impl Send for Arena {}
 // SAFETY: as above.
 unsafe impl Sync for Arena {}
@@ -51,7 +52,8 @@ unsafe impl Sync for Arena {}
 impl Arena {
     fn new(count: usize) -> io::Result<Arena> {
         let len = count * STRIDE;
-        // SAFETY: a new anonymous mapping touches no memory of ours. NORESERVE: most of it is never used.
+        // SAFETY: a new anonymous mapping touches no memory of ours. NORESERVE: most of it is never
+        // used.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -67,8 +69,8 @@ impl Arena {
         }
         let base = NonNull::new(base.cast()).expect("mmap does not return null unasked");
         let arena = Arena { base, len };
-        // SAFETY: the range is the mapping just made. Huge pages would make a 4 KiB request resident as
-        // 2 MiB; a kernel without them says EINVAL, which is as good.
+        // SAFETY: the range is the mapping just made. Huge pages would make a 4 KiB request
+        // resident as 2 MiB; a kernel without them says EINVAL, which is as good.
         unsafe { libc::madvise(arena.base.as_ptr().cast(), len, libc::MADV_NOHUGEPAGE) };
         Ok(arena)
     }
@@ -76,7 +78,8 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and every `Memory` in it is gone: each holds an `Rc` of the arena.
+        // SAFETY: the mapping is ours, and every `Memory` in it is gone: each holds an `Rc` of the
+        // arena.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
@@ -103,8 +106,8 @@ struct Piece {
 unsafe impl Send for Piece {}
 
 impl Memory {
-    /// Makes one for each of `queues`, which may repeat. Fails with `ENOMEM` when address space runs
-    /// out, or memory may not be promised that is not there (vm.overcommit_memory).
+    /// Makes one for each of `queues`, which may repeat. Fails with `ENOMEM` when address space
+    /// runs out, or memory may not be promised that is not there (vm.overcommit_memory).
     pub fn allocate(queues: &[u16]) -> io::Result<Vec<Memory>> {
         let arena = Arc::new(Arena::new(queues.len())?);
         let now = Instant::now();
@@ -148,7 +151,8 @@ impl Memory {
 
     /// Head and payload together.
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: the stride is mapped while the arena lives, initialised (to zero), and ours alone.
+        // SAFETY: the stride is mapped while the arena lives, initialised (to zero), and ours
+        // alone.
         unsafe { std::slice::from_raw_parts(self.0.head.as_ptr(), STRIDE) }
     }
 
@@ -158,7 +162,8 @@ impl Memory {
         unsafe { std::slice::from_raw_parts_mut(self.0.head.as_ptr(), STRIDE) }
     }
 
-    /// The head and the payload as the kernel's `iovec`s, for a ring entry of `head_len` bytes of header.
+    /// The head and the payload as the kernel's `iovec`s, for a ring entry of `head_len` bytes of
+    /// header.
     pub fn iovecs(&mut self, head_len: usize) -> [libc::iovec; 2] {
         let (head, payload) = self.bytes_mut().split_at_mut(HEAD_LEN);
         [
@@ -183,8 +188,8 @@ impl Memory {
             return;
         }
         let tail = &mut self.bytes_mut()[HEAD_LEN + KEPT_LEN..];
-        // SAFETY: the pages are ours, anonymous and private: they read as zeroes from now on, which is as
-        // initialised as before.
+        // SAFETY: the pages are ours, anonymous and private: they read as zeroes from now on, which
+        // is as initialised as before.
         let done =
             unsafe { libc::madvise(tail.as_mut_ptr().cast(), tail.len(), libc::MADV_DONTNEED) };
         // Only a locked or a wrong range is refused (madvise(2)), and this process locks no memory.
@@ -264,7 +269,8 @@ impl Slot {
         self.memory().0.arrived
     }
 
-    /// The length of the request or of the data that it asks for, in bytes: how much is copied for it.
+    /// The length of the request or of the data that it asks for, in bytes: how much is copied for
+    /// it.
     pub fn request_len(&self) -> u32 {
         match self.op() {
             Ok(Op::Read { size, .. }) => size,

@@ -1,23 +1,23 @@
 //! FUSE over io_uring.
 //!
 //! Each CPU has a completion thread here ([`super::queues`] says which of the kernel's queues it
-//! serves). Who owns an entry: *kernel → slot → handler → kernel*. The thread reaps completions into
-//! slots and puts those into a bounded async channel; the handlers behind it run on a `LocalExecutor`
-//! on this very thread (a hop to another thread costs more than a request), use the same ring for their
-//! backend, and push commits. What a batch of handlers pushed goes out with the enter that also waits
-//! for the next requests:
+//! serves). Who owns an entry: *kernel → slot → handler → kernel*. The thread reaps completions
+//! into slots and puts those into a bounded async channel; the handlers behind it run on a
+//! `LocalExecutor` on this very thread (a hop to another thread costs more than a request), use the
+//! same ring for their backend, and push commits. What a batch of handlers pushed goes out with the
+//! enter that also waits for the next requests:
 //!
 //! ```text
 //!   run handlers ── submit ── reap ── idle (poll, or sleep) ──┐
 //!        └────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Large requests are shared with other threads: then an entry moves to another thread's channel, and
-//! is committed on that thread's ring.
+//! Large requests are shared with other threads: then an entry moves to another thread's channel,
+//! and is committed on that thread's ring.
 //!
 //! At the end of the connection every entry completes with an error once (`-ENOTCONN`; for one that
-//! was with us, its commit does). The thread goes on until all of them have, so no memory is freed that
-//! the kernel might still use. It never unmounts: the kernel would wait for this very thread.
+//! was with us, its commit does). The thread goes on until all of them have, so no memory is freed
+//! that the kernel might still use. It never unmounts: the kernel would wait for this very thread.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -43,15 +43,16 @@ use crate::backend::{Backend, WaitsFor};
 use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::abi::{InHeader, OutHeader, UringEntInOut, uring_header};
-use crate::interrupts::Interrupts;
 use crate::io::Io;
 use crate::session::ConnectionEnd;
 use crate::stats::ThreadStats;
+use crate::transport::interrupts::Interrupts;
 
 /// Waiting requests that are resumed in one turn, before what they pushed goes out.
 const TURN: usize = 256;
-/// ... at least, and otherwise no more than a disk still has to do: one that has completed its whole
-/// queue idles until it is given something again, so answers must not leave in one large batch.
+/// ... at least, and otherwise no more than a disk still has to do: one that has completed its
+/// whole queue idles until it is given something again, so answers must not leave in one large
+/// batch.
 const DISK_TURN: usize = 4;
 
 /// What one completion thread needs.
@@ -81,15 +82,15 @@ pub struct RingThread<B: Backend> {
 /// How many requests of one queue may be in flight: the entries that it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Depths {
-    /// The queue of a thread's own CPU begins with so many. A queue of which the kernel has no entry any
-    /// more gets as many again.
+    /// The queue of a thread's own CPU begins with so many. A queue of which the kernel has no
+    /// entry any more gets as many again.
     pub first: usize,
     /// No queue has more.
     pub most: usize,
 }
 
-/// Reports a thread's start-up progress to the session. Also that it has panicked: the others are still
-/// there, so the channel stays open.
+/// Reports a thread's start-up progress to the session. Also that it has panicked: the others are
+/// still there, so the channel stays open.
 struct Reporter(mpsc::Sender<Progress>);
 
 impl Reporter {
@@ -107,8 +108,8 @@ impl Drop for Reporter {
     }
 }
 
-/// How far a thread has come. INIT's reply must not promise io_uring before all rings exist (the kernel
-/// would wait for them for ever), and no entry can be registered before INIT is answered.
+/// How far a thread has come. INIT's reply must not promise io_uring before all rings exist (the
+/// kernel would wait for them for ever), and no entry can be registered before INIT is answered.
 #[derive(Debug)]
 pub enum Progress {
     /// The ring and its memory exist.
@@ -122,8 +123,8 @@ pub enum Progress {
 }
 
 impl<B: Backend> RingThread<B> {
-    /// Serves until the connection ends. Reports to `progress`; registers when `proceed` says so, and ends
-    /// at once when that is closed.
+    /// Serves until the connection ends. Reports to `progress`; registers when `proceed` says so,
+    /// and ends at once when that is closed.
     pub fn run(
         self,
         progress: mpsc::Sender<Progress>,
@@ -199,8 +200,8 @@ impl<B: Backend> RingThread<B> {
         .run(handlers)
     }
 
-    /// That of the entries which the thread begins with: one for each queue that it serves, and more for
-    /// its own CPU's.
+    /// That of the entries which the thread begins with: one for each queue that it serves, and
+    /// more for its own CPU's.
     fn first_memory(&self) -> io::Result<Vec<Memory>> {
         let home = self.cpu as u16;
         let others = self.queues.served_by(self.number).filter(|queue| *queue != home);
@@ -215,7 +216,8 @@ impl<B: Backend> RingThread<B> {
     }
 }
 
-/// Runs the handlers, a turn at each poll: first those of requests that have arrived, then some of those that waited.
+/// Runs the handlers, a turn at each poll: first those of requests that have arrived, then some of
+/// those that waited.
 async fn in_turns(
     ring: Rc<Ring>,
     executor: Rc<LocalExecutor<'static>>,
@@ -317,8 +319,8 @@ impl<B: Backend> Loop<B> {
             let Ok(mut memory) = completed else { return self.connection_end.note() };
             memory.has_arrived(*now.get_or_insert_with(Instant::now));
             let large = queues::is_large(&memory);
-            // More could have come at once. Not so with large ones that are copied: fewer of them stay in
-            // the cache.
+            // More could have come at once. Not so with large ones that are copied: fewer of them
+            // stay in the cache.
             if !large || self.waits_for != WaitsFor::Memory {
                 may_run_dry = Some(memory.queue());
             }
@@ -404,16 +406,17 @@ impl Home for Committer {
         ring_ent.payload_sz = payload_sz;
         memory.put_head_struct(uring_header::RING_ENT, &ring_ent);
         self.entries.commit(memory, ring_ent.commit_id);
-        // A batch of large answers would leave the cache before the kernel copies them, and keep the client
-        // waiting for all of them: each goes out while it is hot. An error shows at the loop's own enter.
+        // A batch of large answers would leave the cache before the kernel copies them, and keep
+        // the client waiting for all of them: each goes out while it is hot. An error shows at the
+        // loop's own enter.
         if large {
             let _ = self.ring.enter(false);
         }
     }
 
     fn discard(&self, memory: Memory) {
-        // FORGET and INTERRUPT come by /dev/fuse only. If one came this way, its entry must go back all the
-        // same, and the kernel has no other way to take it than an answer.
+        // FORGET and INTERRUPT come by /dev/fuse only. If one came this way, its entry must go back
+        // all the same, and the kernel has no other way to take it than an answer.
         let header: InHeader = memory.head_struct(uring_header::IN_OUT);
         self.answer(memory, header.unique, Ok(0));
     }

@@ -1,4 +1,5 @@
-//! The kernel's page cache in front of the file: who sees whose writes, and when they are in the source.
+//! The kernel's page cache in front of the file: who sees whose writes, and when they are in the
+//! source.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -25,8 +26,9 @@ fn filled(version: u64) -> Aligned {
     Aligned::of(&version.to_le_bytes().repeat(BLOCK / 8))
 }
 
-/// Writers and readers of the same blocks, each with and without the page cache. A read that begins after a write has
-/// ended must not be older than it. A page that was read while a direct write was under way could be.
+/// Writers and readers of the same blocks, each with and without the page cache. A read that begins
+/// after a write has ended must not be older than it. A page that was read while a direct write was
+/// under way could be.
 pub fn direct_and_cached_clients_see_each_others_writes(case: &Case) {
     const BLOCKS: usize = 16;
     let image = case.image(&vec![0; SIZE]);
@@ -223,7 +225,8 @@ pub fn pages_that_are_lost_are_told_of(case: &Case) {
     export.wait();
 }
 
-/// The kernel takes them, for ever. Who writes has to hear of it, and nobody may see a longer disk afterwards.
+/// The kernel takes them, for ever. Who writes has to hear of it, and nobody may see a longer disk
+/// afterwards.
 pub fn writes_past_the_end_come_to_an_end(case: &Case) {
     let image = case.patchy();
     let mut export = case.export(&image, &[]);

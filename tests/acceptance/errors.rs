@@ -84,7 +84,8 @@ pub fn device_with_a_bad_end_is_served_read_only(case: &Case) {
     assert!(ended.warnings().iter().any(warned), "{}", ended.log);
 }
 
-/// Writes to the loop device stay in the page cache; only the flush meets the full file system behind it.
+/// Writes to the loop device stay in the page cache; only the flush meets the full file system
+/// behind it.
 pub fn flush_reaches_the_disk_and_its_failure_the_exit_status(case: &Case) {
     let tight = Tight::new(512 << 10);
     let store = tight.join("disk.img");
@@ -110,7 +111,8 @@ pub fn flush_reaches_the_disk_and_its_failure_the_exit_status(case: &Case) {
         File::options().write(true).custom_flags(flags).open(path).unwrap()
     };
     let (file, durable) = (open(0), open(libc::O_DSYNC));
-    // A child that another trial forks may close what it inherited, and that flush be told first. Not every time.
+    // A child that another trial forks may close what it inherited, and that flush be told first.
+    // Not every time.
     let met = (0..20).any(|_| {
         let disk = File::open(&device.0).unwrap();
         file.write_all_at(&noise(8, 1 << 20), 2 << 20).unwrap();
@@ -130,7 +132,8 @@ pub fn flush_reaches_the_disk_and_its_failure_the_exit_status(case: &Case) {
     by_close.stop(libc::SIGTERM).assert(1, &[&device.0, "flush"]);
 }
 
-/// An unaligned write under `--direct` is written out at once, and is told of any loss, which may be another's.
+/// An unaligned write under `--direct` is written out at once, and is told of any loss, which may
+/// be another's.
 pub fn write_that_is_lost_beside_others_is_told_by_fsync(case: &Case) {
     let tight = Tight::new(512 << 10);
     let store = tight.join("disk.img");
@@ -169,8 +172,8 @@ pub fn full_file_system_says_so(case: &Case) {
     assert!(fs::read(&path).unwrap()[..1 << 20] == bytes[..1 << 20]);
 }
 
-/// A disk whose third MiB fails, and whose flush may fail, as an NBD server shows it. The words are a shell's;
-/// the plugin gives them the length as $3 and the offset as $4.
+/// A disk whose third MiB fails, and whose flush may fail, as an NBD server shows it. The words are
+/// a shell's; the plugin gives them the length as $3 and the offset as $4.
 fn broken_server(case: &Case, flush: &str) -> (Server, Address) {
     const BAD: &str = "[ $(($4 + $3)) -le 2097152 ] || [ $4 -ge 3145728 ]";
     let address = Address::unix(&case.sandbox);

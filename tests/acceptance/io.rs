@@ -133,7 +133,8 @@ pub fn large_requests_beside_small_ones_arrive_whole(case: &Case) {
     }
 }
 
-/// Few entries, and requests of both sizes: a queue's thread may give none of its entries away that is its last.
+/// Few entries, and requests of both sizes: a queue's thread may give none of its entries away that
+/// is its last.
 pub fn threads_outlive_a_mixed_load(case: &Case) {
     let image = case.image(&vec![0; 64 << 20]);
     let mut export = case.export(&image, &["--queue-depth", "2"]);

@@ -1,5 +1,5 @@
-//! What the exported file must do, over transport × kind of source. The numbers are those of the project's
-//! list of acceptance, which follows QEMU's own tests of its FUSE export.
+//! What the exported file must do, over transport × kind of source. The numbers are those of the
+//! project's list of acceptance, which follows QEMU's own tests of its FUSE export.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -95,7 +95,8 @@ pub fn mbr_partitions_keep_to_themselves(case: &Case) {
     keep_to_themselves(case, MBR);
 }
 
-/// Not at the border of any block: whatever is asked of the part, the bytes around it are as they were.
+/// Not at the border of any block: whatever is asked of the part, the bytes around it are as they
+/// were.
 pub fn range_keeps_to_itself(case: &Case) {
     const START: usize = 1_000_001;
     const LEN: usize = 1_500_007;

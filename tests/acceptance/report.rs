@@ -15,7 +15,8 @@ use crate::common::{Aligned, assert_errno, number, report};
 
 const NAMES: [&str; 2] = ["user.diskfuse.source", "user.diskfuse.stats"];
 
-/// What the transport of a case has carried of one kind of operation, and that all of it was answered.
+/// What the transport of a case has carried of one kind of operation, and that all of it was
+/// answered.
 fn counts(case: &Case, report: &Value, operation: &str) -> [u64; 3] {
     let transport = match case.transport {
         Transport::Legacy => "/dev/fuse",
@@ -70,7 +71,8 @@ pub fn report_counts_what_was_asked(case: &Case) {
         let counted = std::array::from_fn(|field| after[i][field] - before[i][field]);
         assert_eq!(counted, expected[i], "{}", OPERATIONS[i]);
     }
-    // Also the close; and those of processes that other tests start meanwhile, which inherit the file.
+    // Also the close; and those of processes that other tests start meanwhile, which inherit the
+    // file.
     let [flushes, bytes, errors] = after[2];
     assert!(flushes - before[2][0] >= 4 && (bytes, errors) == (0, 0), "{flushes} flushes");
 }
@@ -107,7 +109,8 @@ pub fn attributes_are_told_and_cannot_be_changed(case: &Case) {
     assert_eq!(report["transports"].as_object().unwrap().values().map(errors).sum::<u64>(), 0);
 }
 
-/// The kernel asks for what a write may take away (security.capability), and must not do so before each.
+/// The kernel asks for what a write may take away (security.capability), and must not do so before
+/// each.
 pub fn writes_do_not_ask_for_attributes(case: &Case) {
     let image = case.patchy();
     let export = case.export(&image, &[]);

@@ -185,7 +185,8 @@ pub fn fallocate_past_the_end_grows(case: &Case) {
     assert!(fs::read(export.file()).unwrap() == expected);
 }
 
-/// How the sizes of disks that cannot grow are asked to change, and those of others without `--growable`.
+/// How the sizes of disks that cannot grow are asked to change, and those of others without
+/// `--growable`.
 pub fn disk_of_fixed_size_keeps_it(case: &Case) {
     let image = case.patchy();
     let options: &[&str] = if case.kind.resizable { &[] } else { &["--growable"] };
@@ -277,7 +278,8 @@ pub fn o_trunc_never_lets_old_bytes_through(case: &Case) {
     assert_eq!(len(case, &export, &image), SIZE);
 }
 
-/// A page that somebody else has changed in a mapping is neither dropped, nor is its size forgotten.
+/// A page that somebody else has changed in a mapping is neither dropped, nor is its size
+/// forgotten.
 pub fn refused_o_trunc_disturbs_nobody(case: &Case) {
     let image = case.patchy();
     let export = case.export(&image, &[]);

@@ -132,7 +132,8 @@ const NAMESPACE: &str = r#"
     kill $other
 "#;
 
-/// In a mount namespace and a PID namespace of its own, whose first process takes all others with it.
+/// In a mount namespace and a PID namespace of its own, whose first process takes all others with
+/// it.
 fn run(script: &str) {
     let sandbox = Sandbox::new();
     let unshare = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"];

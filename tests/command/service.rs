@@ -123,8 +123,8 @@ fn well_formed() {
     }
 }
 
-/// In a mount namespace of its own a service shows its mounts to nobody else: systemd.exec(5) names the options that
-/// make one.
+/// In a mount namespace of its own a service shows its mounts to nobody else: systemd.exec(5) names
+/// the options that make one.
 fn hides_nothing() {
     const NAMESPACE: [&str; 26] = [
         "RootDirectory",

@@ -1,5 +1,5 @@
-//! What each signal does to the program: none of them leaves a dead mount, but for SIGKILL, and that only where the user has
-//! named the mountpoint.
+//! What each signal does to the program: none of them leaves a dead mount, but for SIGKILL, and
+//! that only where the user has named the mountpoint.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};

@@ -1,7 +1,7 @@
 //! What this machine can do, found out once.
 //!
-//! A test that cannot run says why and counts as skipped. `DISKFUSE_REQUIRE` names abilities, parted by
-//! commas (`all` is all of them), whose lack is a failure instead.
+//! A test that cannot run says why and counts as skipped. `DISKFUSE_REQUIRE` names abilities,
+//! parted by commas (`all` is all of them), whose lack is a failure instead.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -14,8 +14,8 @@ use super::{is_root, program};
 /// Switches FUSE over io_uring on and off.
 pub const RING_SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
 
-/// The name of an ability: `fuse`, `uring`, `root`, `user`, `loop`, `direct`, `nbd`, `netns`, `nbdkit-curl`, or a program's
-/// name.
+/// The name of an ability: `fuse`, `uring`, `root`, `user`, `loop`, `direct`, `nbd`, `netns`,
+/// `nbdkit-curl`, or a program's name.
 pub type Ability = &'static str;
 
 /// Why it is missing, if it is.

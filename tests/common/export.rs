@@ -104,17 +104,17 @@ impl Ended {
     }
 }
 
-/// A running diskfuse with its file. When it is dropped, it is stopped by SIGTERM and has to end well: status
-/// 0, no mount, the mountpoint as it was, all reads and writes carried by the transport that was asked for.
-/// When a test fails, it is killed.
+/// A running diskfuse with its file. When it is dropped, it is stopped by SIGTERM and has to end
+/// well: status 0, no mount, the mountpoint as it was, all reads and writes carried by the
+/// transport that was asked for. When a test fails, it is killed.
 pub struct Export {
     child: Child,
     log: Arc<Mutex<String>>,
     reader: Option<JoinHandle<()>>,
     file: PathBuf,
     mount: Seen,
-    /// The mountpoint's own content, if it had any; unknown where something was mounted on it already, or
-    /// where it is the image.
+    /// The mountpoint's own content, if it had any; unknown where something was mounted on it
+    /// already, or where it is the image.
     before: Option<Option<Vec<u8>>>,
     transport: Option<Transport>,
     has_ended: bool,
@@ -123,8 +123,8 @@ pub struct Export {
 }
 
 impl Export {
-    /// Starts the program and waits until its file is mounted, or until it has ended. `tune` may change
-    /// the command.
+    /// Starts the program and waits until its file is mounted, or until it has ended. `tune` may
+    /// change the command.
     pub fn try_start(
         source: &str,
         file: &Path,

@@ -1,6 +1,8 @@
-//! An NBD server in threads of this process that crashes when it is told to, and then has forgotten what was not flushed.
+//! An NBD server in threads of this process that crashes when it is told to, and then has forgotten
+//! what was not flushed.
 //!
-//! Shared by the tests of the client alone and of the whole program, so it stands on the standard library only.
+//! Shared by the tests of the client alone and of the whole program, so it stands on the standard
+//! library only.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -151,7 +153,8 @@ impl Forgetful {
         Forgetful { shared, listener, accepting: Some(accepting) }
     }
 
-    /// After so many requests more, something ends; a crashed server can be reached again after `down`.
+    /// After so many requests more, something ends; a crashed server can be reached again after
+    /// `down`.
     pub fn set_trap(&self, requests: u32, moment: Moment, end: End, down: Duration) {
         let mut state = self.shared.state();
         (state.trap, state.down) = (Some((requests, moment, end)), down);
@@ -192,7 +195,8 @@ impl Drop for Forgetful {
         for stream in connections {
             let _ = stream.shutdown(Shutdown::Both);
         }
-        // Ends `accept`. (Any socket can be shut down; the standard library does so with streams only.)
+        // Ends `accept`. (Any socket can be shut down; the standard library does so with streams
+        // only.)
         let listener = self.listener.try_clone().expect("there are descriptors");
         let _ = UnixStream::from(OwnedFd::from(listener)).shutdown(Shutdown::Both);
         // A panic in there has been printed, and has cost the test a connection.

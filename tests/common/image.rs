@@ -162,7 +162,8 @@ impl Kind {
         KINDS.iter().find(|kind| kind.name == name).expect("a kind's name")
     }
 
-    /// A disk of these bytes; blocks of zeroes are holes. (`mem` has zeroes only, whatever the bytes.)
+    /// A disk of these bytes; blocks of zeroes are holes. (`mem` has zeroes only, whatever the
+    /// bytes.)
     pub fn image(&self, sandbox: &Sandbox, bytes: &[u8]) -> Image {
         (self.make)(sandbox, bytes)
     }

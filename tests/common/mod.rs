@@ -1,9 +1,9 @@
 //! What the test binaries share.
 //!
-//! A [`suite::Promise`] is a test function; [`suite::run`] runs it over transport × kind of source, each pair
-//! a [`suite::Case`]. A case makes an [`image::Image`] in its [`sandbox::Sandbox`] and starts an
-//! [`export::Export`] of it: the real program, really mounted. What is dropped leaves nothing behind, also
-//! when a test fails.
+//! A [`suite::Promise`] is a test function; [`suite::run`] runs it over transport × kind of source,
+//! each pair a [`suite::Case`]. A case makes an [`image::Image`] in its [`sandbox::Sandbox`] and
+//! starts an [`export::Export`] of it: the real program, really mounted. What is dropped leaves
+//! nothing behind, also when a test fails.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub mod ability;
@@ -21,7 +21,8 @@ use std::ffi::OsStr;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long anything may take that takes an instant when all is well. (Virtual disks stall for many seconds.)
+/// How long anything may take that takes an instant when all is well. (Virtual disks stall for many
+/// seconds.)
 pub const SOON: Duration = Duration::from_secs(60);
 /// The ordinary user of tests that run as root: `nobody` of Debian.
 pub const USER: u32 = 65534;

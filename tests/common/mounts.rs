@@ -39,8 +39,8 @@ fn unescape(field: &str) -> String {
     escapes.iter().fold(field.to_owned(), |text, (code, char)| text.replace(code, char))
 }
 
-/// Unmounts as a client would, by `umount` or another command. A process that another test starts has this
-/// test's files open until its exec, so that the mount may be busy for a moment.
+/// Unmounts as a client would, by `umount` or another command. A process that another test starts
+/// has this test's files open until its exec, so that the mount may be busy for a moment.
 #[track_caller]
 pub fn unmount(command: &[&str], path: &Path) {
     super::eventually("an unmount", || {
@@ -90,8 +90,8 @@ pub fn is_connected(connection: u64) -> Option<bool> {
     at_connection(connection, Path::exists)
 }
 
-/// Does something in a connection's folder of the fusectl file system, which others than root need to find
-/// mounted.
+/// Does something in a connection's folder of the fusectl file system, which others than root need
+/// to find mounted.
 fn at_connection<T>(connection: u64, act: impl FnOnce(&Path) -> T) -> Option<T> {
     const USUAL: &str = "/sys/fs/fuse/connections";
     let name = connection.to_string();

@@ -175,7 +175,8 @@ impl Server {
         self.pid
     }
 
-    /// Stops it until what is returned is dropped: it takes no notice of anything, and is still there.
+    /// Stops it until what is returned is dropped: it takes no notice of anything, and is still
+    /// there.
     pub fn pause(&self) -> Paused {
         let pid = super::export::pid(self.pid);
         kill_process(pid, Signal::STOP).expect("it runs");
@@ -183,8 +184,9 @@ impl Server {
     }
 }
 
-/// Starts nbdkit while this process has files of it open. A child of this process would inherit them, and its close at
-/// the start of the program would wait for the very server that is to be started.
+/// Starts nbdkit while this process has files of it open. A child of this process would inherit
+/// them, and its close at the start of the program would wait for the very server that is to be
+/// started.
 pub struct Starter {
     shell: Child,
     pidfile: PathBuf,
@@ -294,8 +296,8 @@ fn accept(listener: &UnixListener, disk: &Path) {
     });
 }
 
-/// The disk is the export, whatever its name. The flush of a [`File`] does nothing: tests look at the disk
-/// through the page cache.
+/// The disk is the export, whatever its name. The flush of a [`File`] does nothing: tests look at
+/// the disk through the page cache.
 fn serve(stream: &UnixStream, disk: &Path) -> io::Result<()> {
     // Of its own for each connection: a position is kept in it.
     let file = File::options().read(true).write(true).open(disk)?;

@@ -79,7 +79,8 @@ macro_rules! promises {
     };
 }
 
-/// Runs promises over transport × kind; as root also as an ordinary user, by running this very program.
+/// Runs promises over transport × kind; as root also as an ordinary user, by running this very
+/// program.
 pub fn run(promises: Vec<Promise>) -> ExitCode {
     let mut trials = Vec::new();
     for transport in Transport::ALL {
@@ -208,9 +209,9 @@ fn run_as_user(name: &str) -> Result<Completion, Failed> {
     Err(format!("{said}\n{}", String::from_utf8_lossy(&output.stderr)).into())
 }
 
-/// A command that runs its arguments as [`USER`], with mounts of its own, where /dev/fuse is open to all: so
-/// it is on most machines, but not in containers, and `fusermount3` opens it with the user's rights. And where
-/// fusectl is mounted, as on most machines.
+/// A command that runs its arguments as [`USER`], with mounts of its own, where /dev/fuse is open
+/// to all: so it is on most machines, but not in containers, and `fusermount3` opens it with the
+/// user's rights. And where fusectl is mounted, as on most machines.
 pub fn as_user(sandbox: &Sandbox) -> Command {
     const SCRIPT: &str = r#"
         set -e

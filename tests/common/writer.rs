@@ -12,7 +12,8 @@ use super::{Aligned, Random, eventually};
 
 const BLOCK: usize = 4096;
 
-/// What became of a block: the number of the last write that was acknowledged, and of the last that was tried.
+/// What became of a block: the number of the last write that was acknowledged, and of the last that
+/// was tried.
 #[derive(Clone, Copy, Default)]
 struct Block {
     acknowledged: u64,
@@ -121,7 +122,8 @@ impl Written {
     }
 }
 
-/// `fio` with 4 jobs at depth 64 on a part of a file, now and then with a large request; killed when dropped.
+/// `fio` with 4 jobs at depth 64 on a part of a file, now and then with a large request; killed
+/// when dropped.
 pub struct Load(Child);
 
 const JOBS: usize = 4;
@@ -141,7 +143,8 @@ impl Load {
             .stderr(Stdio::null())
             .spawn();
         let load = Load(fio.expect("fio is there"));
-        // Not before it has the file open may the file be taken away: it would take the next of that name.
+        // Not before it has the file open may the file be taken away: it would take the next of
+        // that name.
         let fds = format!("/proc/{}/fd", load.0.id());
         eventually("fio's files", || {
             let links = std::fs::read_dir(&fds).into_iter().flatten().flatten();
@@ -167,13 +170,15 @@ impl Drop for Load {
     }
 }
 
-/// A process that has written to a file, and has it open until this is dropped: in this process the child that
-/// another trial forks would inherit the file, and its close be a flush that nobody asked for.
+/// A process that has written to a file, and has it open until this is dropped: in this process the
+/// child that another trial forks would inherit the file, and its close be a flush that nobody
+/// asked for.
 pub struct Holder(Child);
 
 impl Holder {
     pub fn write(path: &Path, text: &str) -> Holder {
-        // Its standard input ends with this. (A shell duplicates what it writes to, and each close is a flush.)
+        // Its standard input ends with this. (A shell duplicates what it writes to, and each close
+        // is a flush.)
         let script = "import os, sys; file = os.open(sys.argv[1], os.O_RDWR); \
                       os.write(file, sys.argv[2].encode()); print(flush=True); sys.stdin.read()";
         let mut python = Command::new("python3");

@@ -33,7 +33,8 @@ fn is_a_file(kind: &Kind) -> bool {
     kind.name == "file"
 }
 
-/// The end is the same for the others. (nbdkit 1.32 fails an assertion of its own when its client is killed.)
+/// The end is the same for the others. (nbdkit 1.32 fails an assertion of its own when its client
+/// is killed.)
 fn is_one_of_its_sort(kind: &Kind) -> bool {
     ["file", "file-direct", "mem", "loop", "qemu-nbd-unix", "qemu-nbd-tcp"].contains(&kind.name)
 }

@@ -46,7 +46,8 @@ fn start(case: &Case, source: &str, options: &[&str]) -> Export {
         .unwrap_or_else(|ended| panic!("{}", ended.log))
 }
 
-/// The first is unmounted and slow to end; the second begins meanwhile. The kernel gives its mount the same number.
+/// The first is unmounted and slow to end; the second begins meanwhile. The kernel gives its mount
+/// the same number.
 pub fn next_disk_in_the_same_place_is_not_taken_for_the_first(case: &Case) {
     let (one, two) = (image(case, "one", 1), image(case, "two", 2));
     for content in [None, Some("mine")] {
@@ -222,7 +223,8 @@ pub fn owner_takes_his_file_away(case: &Case) {
     eventually("its connection's end", || mounts::is_connected(connection) != Some(true));
 }
 
-/// The first read waits for a server that never answers. An ordinary user's process too must not wait for itself.
+/// The first read waits for a server that never answers. An ordinary user's process too must not
+/// wait for itself.
 pub fn first_read_that_never_comes_ends_with_a_signal(case: &Case) {
     let address = Address::unix(&case.sandbox);
     let words = ["--filter=delay", "memory", "4M", "rdelay=3600"];

@@ -104,8 +104,8 @@ impl Drop for Strace {
 fn export(bench: &Bench) -> (Server, Export) {
     let disk = bench.disk(&noise(1, SIZE));
     // Over TCP: nbdkit sends an answer's header and its payload with two calls, and what says that
-    // the first has more to come (MSG_MORE) counts there only. On a Unix socket the header alone can
-    // wake the receiver, which then has to receive twice.
+    // the first has more to come (MSG_MORE) counts there only. On a Unix socket the header alone
+    // can wake the receiver, which then has to receive twice.
     let address = Address::tcp();
     let server = Server::nbdkit(&address, ["file", disk.to_str().unwrap()]);
     (server, bench.export(&address.uri("")))

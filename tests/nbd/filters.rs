@@ -172,8 +172,8 @@ fn connections(server: &Server) -> usize {
     links.filter(|to| to.to_string_lossy().starts_with("socket:")).count() - 1
 }
 
-/// The kernel drops a page before a direct write of it. One that is read before the server has written it is old, and
-/// has to be dropped too.
+/// The kernel drops a page before a direct write of it. One that is read before the server has
+/// written it is old, and has to be dropped too.
 pub fn page_read_beside_a_direct_write_is_not_kept(bench: &Bench) {
     let disk = bench.disk(&vec![1; SIZE]);
     let words = ["--filter=delay", "file", disk.to_str().unwrap(), "wdelay=200ms"];
@@ -337,7 +337,8 @@ pub fn holes_of_the_server_are_seen(bench: &Bench) {
     assert_eq!(data(export.file()), expected[1..]);
 }
 
-/// The largest disk there is, by BLOCK_STATUS of 4 GiB: each search ends, and the next one goes on from there.
+/// The largest disk there is, by BLOCK_STATUS of 4 GiB: each search ends, and the next one goes on
+/// from there.
 pub fn search_through_an_enormous_extent_ends(bench: &Bench) {
     const WALK: &str = "
 import os, sys

@@ -137,12 +137,13 @@ fn connecting(bench: &Bench, options: &[&str]) -> (TcpStream, Running) {
     (stream, running)
 }
 
-/// Sends a byte a second of what a server says, until the client is gone: each wait for a byte is short, and the
-/// whole would be endless. Says when the first is sent.
+/// Sends a byte a second of what a server says, until the client is gone: each wait for a byte is
+/// short, and the whole would be endless. Says when the first is sent.
 fn dribble(mut stream: TcpStream) -> Receiver<()> {
     let (begun, begins) = mpsc::channel();
     std::thread::spawn(move || {
-        // The greeting with both flags, then the head of an option's reply that never gets anywhere.
+        // The greeting with both flags, then the head of an option's reply that never gets
+        // anywhere.
         let greeting = b"NBDMAGICIHAVEOPT\0\x03";
         for byte in greeting.iter().chain(std::iter::repeat(&0)) {
             if stream.write_all(&[*byte]).is_err() {
@@ -240,8 +241,8 @@ pub fn last_flush_can_be_given_up(bench: &Bench) {
     drop((holder, gate));
 }
 
-/// The start fails when the file is already there, and others have written to it: what they were told is written is
-/// flushed all the same.
+/// The start fails when the file is already there, and others have written to it: what they were
+/// told is written is flushed all the same.
 pub fn failed_start_flushes_what_others_wrote(bench: &Bench) {
     let log = bench.sandbox.join("log");
     let asked = || fs::read_to_string(&log).unwrap();
@@ -352,7 +353,8 @@ fn waiting_client(export: &Export, words: &[&str]) -> Child {
     client
 }
 
-/// Readers, writers, and those that flush, by the signals that end a program, whether it catches them or not.
+/// Readers, writers, and those that flush, by the signals that end a program, whether it catches
+/// them or not.
 pub fn clients_of_a_stopped_server_can_be_killed(bench: &Bench) {
     let (server, uri) = bench.nbdkit(&["memory", "4M"]);
     // Nobody waits for what the kernel reads ahead, so it cannot be given up.
@@ -391,7 +393,8 @@ pub fn clients_of_a_stopped_server_can_be_killed(bench: &Bench) {
     export.stop(SIGTERM).assert(0, &[]);
 }
 
-/// A signal that a program catches and goes on after does not fail its disk, and does not hide a later one.
+/// A signal that a program catches and goes on after does not fail its disk, and does not hide a
+/// later one.
 pub fn caught_signals_do_not_fail_a_read(bench: &Bench) {
     let (server, uri) = bench.nbdkit(&["memory", "4M"]);
     let export = bench.export(&uri);
@@ -413,8 +416,8 @@ pub fn caught_signals_do_not_fail_a_read(bench: &Bench) {
     assert!(served.wait().unwrap().success(), "EINTR, or less than was asked for");
 }
 
-/// The source of an export is another export, of a server that has stopped: what waits for it keeps no thread from
-/// serving what does not.
+/// The source of an export is another export, of a server that has stopped: what waits for it keeps
+/// no thread from serving what does not.
 pub fn source_that_hangs_holds_up_nobody_else(bench: &Bench) {
     let (server, uri) = bench.nbdkit(&["memory", "4M"]);
     let inner = bench.export(&uri);

@@ -16,8 +16,8 @@ use crate::{Bench, SIZE, open};
 const CLIENTS: usize = 8;
 const BLOCK: usize = 4096;
 
-/// Clients read and write without end, until their first error, which has to be EIO. In the middle of it
-/// the server is killed.
+/// Clients read and write without end, until their first error, which has to be EIO. In the middle
+/// of it the server is killed.
 fn killed_under_load(export: &Export, server: &mut Server) {
     let done = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -80,7 +80,8 @@ pub fn killed_server_of_a_flushed_disk_costs_nothing(bench: &Bench) {
     let (mut server, uri) = bench.nbdkit(&["file", disk.to_str().unwrap()]);
     let mut export = bench.try_export(&uri, &["--reconnect-timeout=0"]).unwrap();
     let data = noise(5, SIZE / 2);
-    // By another process: a child that another trial forks would inherit the file, and close it when the server is gone.
+    // By another process: a child that another trial forks would inherit the file, and close it
+    // when the server is gone.
     let copy = disk.with_file_name("data");
     fs::write(&copy, &data).unwrap();
     let dd = ["bs=1M", "seek=77", "oflag=seek_bytes", "conv=notrunc", "status=none"];
@@ -96,8 +97,8 @@ pub fn killed_server_of_a_flushed_disk_costs_nothing(bench: &Bench) {
     assert!(fs::read(&disk).unwrap()[77..][..data.len()] == data);
 }
 
-/// A file that was never written, and one of which every write was durable: neither fsync nor close needs the server, nor
-/// does the end.
+/// A file that was never written, and one of which every write was durable: neither fsync nor close
+/// needs the server, nor does the end.
 pub fn loss_with_nothing_unflushed_costs_nothing(bench: &Bench) {
     const CLIENT: &str = "
 import mmap, os, sys

@@ -1,6 +1,6 @@
-//! Remote disks through the whole program: servers that limit, fail, delay, refuse and die, TLS, other
-//! hosts, and what a script does. The acceptance suite runs over NBD by itself; here is what only a server
-//! can do.
+//! Remote disks through the whole program: servers that limit, fail, delay, refuse and die, TLS,
+//! other hosts, and what a script does. The acceptance suite runs over NBD by itself; here is what
+//! only a server can do.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -52,7 +52,8 @@ impl Bench {
         path
     }
 
-    /// nbdkit on a Unix socket; `words` are its options, a plugin and its parameters. Its disk's URI.
+    /// nbdkit on a Unix socket; `words` are its options, a plugin and its parameters. Its disk's
+    /// URI.
     fn nbdkit(&self, words: &[&str]) -> (Server, String) {
         let address = Address::unix(&self.sandbox);
         (Server::nbdkit(&address, words), address.uri(""))
@@ -181,7 +182,8 @@ fn main() -> ExitCode {
             let name = format!("{}/{}", transport.name(), test.name);
             let alone = test.name.starts_with("hung::");
             trial(name, needs_of(transport, test.needs), move || {
-                // They stop servers, and a process that is started beside them may come to wait for one.
+                // They stop servers, and a process that is started beside them may come to wait for
+                // one.
                 static ALONE: Mutex<()> = Mutex::new(());
                 let _alone = alone.then(|| ALONE.lock().unwrap_or_else(|e| e.into_inner()));
                 run(&Bench::new(transport));

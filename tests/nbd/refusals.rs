@@ -16,8 +16,8 @@ use crate::common::suite::trial;
 use crate::common::{assert_errno, eventually, fail, noise, program, succeed};
 use crate::{Bench, SIZE, in_memory};
 
-/// Runs the program on a mountpoint that is missing: it ends with this status, says each of `says` in one or
-/// two lines, and leaves nothing behind.
+/// Runs the program on a mountpoint that is missing: it ends with this status, says each of `says`
+/// in one or two lines, and leaves nothing behind.
 #[track_caller]
 pub fn assert_refused<S: AsRef<std::ffi::OsStr>>(words: &[S], status: i32, says: &[&str]) {
     let sandbox = in_memory();

@@ -146,13 +146,15 @@ impl Writer {
     }
 }
 
-/// Writers go on until `interrupt` has ended; then all they know must be true. How often a loss was told.
+/// Writers go on until `interrupt` has ended; then all they know must be true. How often a loss was
+/// told.
 fn write_beside(export: &Export, promise: Promise, interrupt: impl FnOnce(&AtomicU64)) -> u64 {
     let (over, steps) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         let writers: Vec<_> = (0..WRITERS)
             .map(|which| {
-                // Only what is direct is seen by the server at once; the last one writes by the page cache, whatever there is.
+                // Only what is direct is seen by the server at once; the last one writes by the
+                // page cache, whatever there is.
                 let flags =
                     if which == 0 && promise == Promise::Acknowledged { 0 } else { O_DIRECT };
                 let mut writer = Writer::new(export.file(), flags, which, promise);
@@ -326,7 +328,8 @@ pub fn connections_that_end_one_by_one_cost_nothing(bench: &Bench) {
     export.stop(SIGTERM).assert(0, &[]);
 }
 
-/// A server that is gone for longer than requests wait: they fail, and succeed again when it is back.
+/// A server that is gone for longer than requests wait: they fail, and succeed again when it is
+/// back.
 pub fn requests_fail_after_the_limit_and_succeed_when_the_server_is_back(bench: &Bench) {
     let disk = bench.disk(&noise(3, SIZE));
     let address = Address::unix(&bench.sandbox);
@@ -354,7 +357,8 @@ pub fn requests_fail_after_the_limit_and_succeed_when_the_server_is_back(bench: 
     export.stop(SIGTERM).assert(0, &["requests fail until the server is back", "is back after"]);
 }
 
-/// Gone for good, with acknowledged writes that are not durable: the end comes soon, and tells of it.
+/// Gone for good, with acknowledged writes that are not durable: the end comes soon, and tells of
+/// it.
 pub fn server_that_is_gone_for_good_does_not_hold_up_the_end(bench: &Bench) {
     let disk = bench.disk(&vec![0; SIZE]);
     let (mut server, uri) = bench.nbdkit(&["file", disk.to_str().unwrap()]);
@@ -367,7 +371,8 @@ pub fn server_that_is_gone_for_good_does_not_hold_up_the_end(bench: &Bench) {
     std::thread::sleep(Duration::from_millis(300));
     assert!(!reader.is_finished(), "it did not wait");
     let ended = export.stop(SIGTERM);
-    // A second, unless a child of another trial has inherited the file and waits for a server that is stopped there.
+    // A second, unless a child of another trial has inherited the file and waits for a server that
+    // is stopped there.
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     assert_errno(reader.join().unwrap(), EIO);
     ended.assert(1, &["could not be made durable"]);

@@ -10,8 +10,8 @@ use crate::common::export::{binary, pid};
 use crate::common::{eventually, fail, mounts, noise, program, succeed};
 use crate::{Bench, SIZE};
 
-/// A shell script that stops at its first error. `$diskfuse` is the program with its transport, `$uri` the
-/// disk, and `$PWD` the test's folder.
+/// A shell script that stops at its first error. `$diskfuse` is the program with its transport,
+/// `$uri` the disk, and `$PWD` the test's folder.
 fn script(bench: &Bench, uri: &str, text: &str) -> Command {
     let mut command = program("bash", ["-euc", text]);
     command.env("diskfuse", format!("{} {}", binary(), bench.transport.option()));

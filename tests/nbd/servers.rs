@@ -13,7 +13,8 @@ use crate::common::export::{Ended, Export, Running, binary, pid};
 use crate::common::{Aligned, SOON, assert_errno, eventually, mounts, noise, program, succeed};
 use crate::{Bench, SIZE, open};
 
-/// Exports what `[ words ]` serves. The operands are the command and the file, whatever a test's export has.
+/// Exports what `[ words ]` serves. The operands are the command and the file, whatever a test's
+/// export has.
 fn export(bench: &Bench, words: &[&str], options: &[&str]) -> Export {
     try_export(bench, words, options).unwrap_or_else(|ended| panic!("{}", ended.log))
 }
@@ -220,7 +221,8 @@ pub fn server_that_cannot_start_says_why(bench: &Bench) {
     assert_eq!(bench.sandbox.names(), ["disk.img"]);
 }
 
-/// A death is for good: requests fail at once, and the exit status tells of a loss, if there is one.
+/// A death is for good: requests fail at once, and the exit status tells of a loss, if there is
+/// one.
 pub fn server_that_dies_fails_all_requests(bench: &Bench) {
     let disk = bench.disk(&vec![0; SIZE]);
     for loses in [true, false] {
@@ -280,9 +282,9 @@ pub fn server_ends_with_the_export(bench: &Bench) {
     assert_eq!(fs::read(&disk).unwrap()[..4], *b"last");
 }
 
-/// The kernel sees to it. Where the first process of a container ends all orphans, they have to be another's: those of a
-/// subreaper. nbdkit asks for it itself, so this is another server; it says nothing, as SIGPIPE would end one that finds
-/// nobody to hear it.
+/// The kernel sees to it. Where the first process of a container ends all orphans, they have to be
+/// another's: those of a subreaper. nbdkit asks for it itself, so this is another server; it says
+/// nothing, as SIGPIPE would end one that finds nobody to hear it.
 pub fn server_ends_when_the_program_is_killed(bench: &Bench) {
     const SCRIPT: &str = r#"
 import ctypes, os, signal, subprocess, sys, time

@@ -13,8 +13,8 @@ use crate::common::{noise, program, succeed};
 use crate::refusals::assert_refused;
 use crate::{Bench, SIZE, in_memory, open};
 
-/// Two authorities, `ca` and `other`. Of the first are `server`, which is `host`, `wrong`, which is another
-/// host, and `client`; of the other is `stranger`, a client.
+/// Two authorities, `ca` and `other`. Of the first are `server`, which is `host`, `wrong`, which is
+/// another host, and `client`; of the other is `stranger`, a client.
 pub struct Certificates(Sandbox);
 
 impl Certificates {

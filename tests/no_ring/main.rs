@@ -1,7 +1,7 @@
 //! Each way of not having FUSE over io_uring, with `--io-uring` auto, on and off.
 //!
-//! These tests change what the kernel allows to all, so they run one after the other, and cargo runs no
-//! other test program meanwhile.
+//! These tests change what the kernel allows to all, so they run one after the other, and cargo
+//! runs no other test program meanwhile.
 
 #[path = "../common/mod.rs"]
 mod common;

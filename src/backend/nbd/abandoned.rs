@@ -1,8 +1,9 @@
 //! Writes that nobody waits for any more, and that the server may still carry out.
 //!
-//! The client of a request can be killed ([`crate::interrupts`]). A write of it that has gone to a server that hangs may be
-//! executed at any later time, and must not come over bytes that were written after it. So later writes to
-//! the same range wait until the server has answered it. There are hardly ever any.
+//! The client of a request can be killed ([`crate::transport::interrupts`]). A write of it that has
+//! gone to a server that hangs may be executed at any later time, and must not come over bytes that
+//! were written after it. So later writes to the same range wait until the server has answered it.
+//! There are hardly ever any.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -25,19 +25,21 @@ use crate::backend::{Seek, Zero};
 const MAX_ZERO: u64 = 1 << 30;
 /// Where halving after `EOVERFLOW` ends, in bytes.
 const MIN_ZERO: u64 = 64 << 10;
-/// How far a BLOCK_STATUS asks at most where 64 bits can say it, in bytes: what the server can look through within
-/// everyone's patience.
+/// How far a BLOCK_STATUS asks at most where 64 bits can say it, in bytes: what the server can look
+/// through within everyone's patience.
 const MAX_STATUS: u64 = 1 << 40;
 
-/// The same where 32 bits have to do. All of them set, nbdkit (1.32) fails an assertion where the answer is one long
-/// extent, and is gone for all its clients.
+/// The same where 32 bits have to do. All of them set, nbdkit (1.32) fails an assertion where the
+/// answer is one long extent, and is gone for all its clients.
 const MAX_STATUS_32: u64 = (4 << 30) - (64 << 10);
-/// How many BLOCK_STATUS a search for data or a hole sends at most. By 4 GiB each it would take minutes for petabytes, and for
-/// ever for the largest disk there is. A count, not a time: a server that stalls makes no hole look like data.
+/// How many BLOCK_STATUS a search for data or a hole sends at most. By 4 GiB each it would take
+/// minutes for petabytes, and for ever for the largest disk there is. A count, not a time: a server
+/// that stalls makes no hole look like data.
 const LONGEST_SEARCH: usize = 2048;
 
-/// The longest READ and WRITE that are sent as one, in bytes: what is longer goes in pieces at once, of which the server
-/// receives or sends one while it stores or fetches another, and by several connections if one is slow.
+/// The longest READ and WRITE that are sent as one, in bytes: what is longer goes in pieces at
+/// once, of which the server receives or sends one while it stores or fetches another, and by
+/// several connections if one is slow.
 const PIECE: u32 = 512 << 10;
 
 /// Which connection carries a command.
@@ -79,7 +81,8 @@ impl Commands {
         Commands { route, export, max_payload, minimum: sizes.minimum.into() }
     }
 
-    /// Asks by a connection; if that is lost before it has answered, by another, as soon as there is one.
+    /// Asks by a connection; if that is lost before it has answered, by another, as soon as there
+    /// is one.
     async fn ask<R>(
         &self,
         mut request: impl AsyncFnMut(&Connection) -> Result<R, Failure>,
@@ -101,7 +104,8 @@ impl Commands {
         }
     }
 
-    /// As [`Commands::ask`], for what changes the disk: once it is acknowledged it is kept until it is durable.
+    /// As [`Commands::ask`], for what changes the disk: once it is acknowledged it is kept until it
+    /// is durable.
     async fn change(
         &self,
         offset: u64,
@@ -152,7 +156,8 @@ impl Commands {
         self.has(transmission_flag::SEND_FUA)
     }
 
-    /// Writes `data` at `offset`; with `fua`, if the server has that, it is on stable storage when this returns.
+    /// Writes `data` at `offset`; with `fua`, if the server has that, it is on stable storage when
+    /// this returns.
     pub async fn write(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<()> {
         // A length of zero is an error to the server.
         if data.is_empty() {
@@ -257,8 +262,9 @@ impl Commands {
     }
 
     /// The next data or hole at or after `offset`, which need not be aligned. `ENXIO`: no data
-    /// follows. Where the server does not tell, everything is data, and so is what `LONGEST_SEARCH` was not enough
-    /// to look through: whoever walks through the disk goes on from there. What `extents` remembers is not asked for.
+    /// follows. Where the server does not tell, everything is data, and so is what `LONGEST_SEARCH`
+    /// was not enough to look through: whoever walks through the disk goes on from there. What
+    /// `extents` remembers is not asked for.
     pub async fn seek(&self, offset: u64, what: Seek, extents: &Extents) -> io::Result<u64> {
         let size = self.export.size;
         if self.export.base_allocation.is_none() {
@@ -293,8 +299,8 @@ impl Commands {
         self.ask_status(at, Seek::Data, extents).await.map(drop)
     }
 
-    /// Asks for the extents from `at` on, and looks for `what` in them. There is progress: what is not found is not
-    /// before a place behind `at`.
+    /// Asks for the extents from `at` on, and looks for `what` in them. There is progress: what is
+    /// not found is not before a place behind `at`.
     async fn ask_status(&self, at: u64, what: Seek, extents: &Extents) -> io::Result<Found> {
         let size = self.export.size;
         let start = at - at % self.minimum;

@@ -14,13 +14,15 @@ use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
 use crate::sys;
 
-/// The longest pause between two attempts of TCP's to get data to the server: so soon it goes on after a link was down. With
-/// it the kernel gives up after some 100 s without any answer (net.ipv4.tcp_retries2), which a server that has stopped
-/// reading still gives.
+/// The longest pause between two attempts of TCP's to get data to the server: so soon it goes on
+/// after a link was down. With it the kernel gives up after some 100 s without any answer
+/// (net.ipv4.tcp_retries2), which a server that has stopped reading still gives.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// Where the kernel has no such option (before Linux 6.15): how long data may stay unacknowledged, or unread by the server.
+/// Where the kernel has no such option (before Linux 6.15): how long data may stay unacknowledged,
+/// or unread by the server.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(120);
-/// When an idle connection is probed, how often after that, and how many probes without an answer end it.
+/// When an idle connection is probed, how often after that, and how many probes without an answer
+/// end it.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 6;
@@ -54,8 +56,9 @@ fn connect_any(addresses: &[SocketAddr], deadline: Instant) -> io::Result<Socket
     Ok(socket)
 }
 
-/// Tries the addresses in their order, which is the resolver's, the next one when the one before has failed or takes long
-/// (RFC 8305): what swallows SYNs costs no more than [`NEXT_ADDRESS`]. The first error tells most.
+/// Tries the addresses in their order, which is the resolver's, the next one when the one before
+/// has failed or takes long (RFC 8305): what swallows SYNs costs no more than [`NEXT_ADDRESS`]. The
+/// first error tells most.
 async fn first_to_connect(addresses: &[SocketAddr]) -> io::Result<Socket> {
     let mut to_come = addresses.iter();
     let mut under_way = Vec::new();
@@ -122,7 +125,8 @@ fn resolve(host: &str, port: u16, deadline: Instant) -> io::Result<Vec<SocketAdd
     })
 }
 
-/// A server that is busy may have as many clients waiting as it lets wait: only a socket that blocks waits with them.
+/// A server that is busy may have as many clients waiting as it lets wait: only a socket that
+/// blocks waits with them.
 pub fn connect_unix(path: &Path, deadline: Instant) -> io::Result<Socket> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_write_timeout(Some(left_until(deadline)?))?;
@@ -143,10 +147,11 @@ pub fn connect_vsock(cid: u32, port: u32, deadline: Instant) -> io::Result<Socke
     Ok(socket)
 }
 
-/// A Unix socket has room for some 200 KiB, so that a large write takes several calls and a wake-up for each. (TCP
-/// finds its own size.) With room for several of them the server is never short of data. Their payloads wait in it by
-/// their pages; what is copied, short writes and TLS, takes as much of the kernel's memory as it waits. The kernel
-/// doubles the number, and takes less where less is allowed (`net.core.wmem_max`): both are fine.
+/// A Unix socket has room for some 200 KiB, so that a large write takes several calls and a wake-up
+/// for each. (TCP finds its own size.) With room for several of them the server is never short of
+/// data. Their payloads wait in it by their pages; what is copied, short writes and TLS, takes as
+/// much of the kernel's memory as it waits. The kernel doubles the number, and takes less where
+/// less is allowed (`net.core.wmem_max`): both are fine.
 fn enlarge_send_buffer(socket: &Socket) {
     const SEND_BUFFER: usize = 4 << 20;
     if let Err(e) = socket.set_send_buffer_size(SEND_BUFFER) {
@@ -154,8 +159,9 @@ fn enlarge_send_buffer(socket: &Socket) {
     }
 }
 
-/// No delay: requests are gathered before they are sent. The time-outs tell a dead host from a slow server: a link that is down
-/// for a minute ends no connection, and nor does a server that reads nothing for as long as it likes.
+/// No delay: requests are gathered before they are sent. The time-outs tell a dead host from a slow
+/// server: a link that is down for a minute ends no connection, and nor does a server that reads
+/// nothing for as long as it likes.
 fn tune_tcp(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(

@@ -14,8 +14,9 @@
 //! is never contended. Where lanes share one, each of them brings a [`Driver`]; the first to come
 //! drives, and when its lane ends the next one takes over where it stopped.
 //!
-//! A connection that is lost stays lost: whatever is in flight and comes later is told so, and goes by another one
-//! ([`super::connections`]). It is reset first, so that the server gets nothing more of it.
+//! A connection that is lost stays lost: whatever is in flight and comes later is told so, and goes
+//! by another one ([`super::connections`]). It is reset first, so that the server gets nothing more
+//! of it.
 
 use std::future::poll_fn;
 use std::io;
@@ -114,7 +115,8 @@ impl State {
 }
 
 impl Connection {
-    /// Takes over an open export of the disk with these `abandoned` writes; `name` is what the log calls it.
+    /// Takes over an open export of the disk with these `abandoned` writes; `name` is what the log
+    /// calls it.
     pub fn new(name: String, opened: Opened, abandoned: Arc<Abandoned>) -> Arc<Connection> {
         let Opened { stream, socket, export } = opened;
         let state = State {
@@ -163,8 +165,8 @@ impl Connection {
         self.is_lost.load(Ordering::Relaxed)
     }
 
-    /// Whether the server takes long for its answers although it has enough to do: what is more had better go by another
-    /// connection.
+    /// Whether the server takes long for its answers although it has enough to do: what is more had
+    /// better go by another connection.
     pub fn is_slow(&self) -> bool {
         self.is_slow.load(Ordering::Relaxed)
     }
@@ -236,9 +238,9 @@ impl Connection {
         result
     }
 
-    /// Offers to drive the connection from the calling thread, until the [`Driver`] is dropped. If the connection is lost
-    /// meanwhile, `on_loss` gets the reason. It counts as lost, too, if a request is not answered within
-    /// `timeout`.
+    /// Offers to drive the connection from the calling thread, until the [`Driver`] is dropped. If
+    /// the connection is lost meanwhile, `on_loss` gets the reason. It counts as lost, too, if a
+    /// request is not answered within `timeout`.
     pub fn driver(
         self: &Arc<Self>,
         io: &Rc<Io>,
@@ -257,7 +259,8 @@ impl Connection {
         Driver { connection: self.clone(), number, _task: task, _io: io.clone() }
     }
 
-    /// Waits for the seat, then runs the loops; ends when the connection is lost, and says why if it was lost here.
+    /// Waits for the seat, then runs the loops; ends when the connection is lost, and says why if
+    /// it was lost here.
     async fn drive(
         self: Arc<Self>,
         number: u64,
@@ -359,10 +362,11 @@ impl Connection {
         }
     }
 
-    /// Ends the connection: everything in flight and everything later is told so. The reason, in words, if it was not lost
-    /// before.
+    /// Ends the connection: everything in flight and everything later is told so. The reason, in
+    /// words, if it was not lost before.
     fn lose(&self, reason: &io::Error) -> Option<String> {
-        // First of all: what is asked for again must not be carried out by a server that still gets it from here.
+        // First of all: what is asked for again must not be carried out by a server that still gets
+        // it from here.
         if let Err(e) = sys::reset_connection(&*self.socket) {
             log::debug!("{}: not reset: {e}", self.name);
             let _ = self.socket.shutdown(std::net::Shutdown::Both);
@@ -389,8 +393,8 @@ impl Connection {
     }
 
     /// Runs `work`, requests on this connection, on the calling thread alone: all lanes have ended,
-    /// and with them their drivers, or it has none yet. Fails with `TimedOut` at the deadline. The socket blocks from
-    /// here on, see [`Connection::stop_blocking`].
+    /// and with them their drivers, or it has none yet. Fails with `TimedOut` at the deadline. The
+    /// socket blocks from here on, see [`Connection::stop_blocking`].
     pub fn run_blocking<R>(
         &self,
         work: impl Future<Output = io::Result<R>>,
@@ -461,11 +465,11 @@ impl Connection {
     }
 }
 
-/// A connection with so much in flight, by [`inflight::weight`], has enough to do: most servers work on 16 requests of a
-/// connection at a time.
+/// A connection with so much in flight, by [`inflight::weight`], has enough to do: most servers
+/// work on 16 requests of a connection at a time.
 pub const BUSY: usize = 16;
-/// A server that takes longer for a unit of work, on a connection that is busy, is slow. A thread of ours can do with one in
-/// 15 µs: 4 GiB/s, or 65 thousand requests a second.
+/// A server that takes longer for a unit of work, on a connection that is busy, is slow. A thread
+/// of ours can do with one in 15 µs: 4 GiB/s, or 65 thousand requests a second.
 const SLOW: Duration = Duration::from_micros(40);
 /// Over so much work the time is taken: a few times of what one receive brings.
 const SAMPLE: usize = 256;

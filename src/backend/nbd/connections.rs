@@ -1,16 +1,19 @@
 //! The connections to a server: one to begin with, more when they are needed, shared by all lanes.
 //!
-//! A connection is driven by one lane, its *home*, on that lane's thread. A lane sends its requests by its own
-//! connections, so that no hop stands between a request and its socket. It uses another lane's
+//! A connection is driven by one lane, its *home*, on that lane's thread. A lane sends its requests
+//! by its own connections, so that no hop stands between a request and its socket. It uses another
+//! lane's
 //!
-//! * while it has none of its own, because there is not much to send or because there may be no more of them;
-//! * when its own have a lot in flight, the server is slow, and another has less in flight. Servers work on a bounded number
-//!   of requests of a connection at a time (16 in QEMU and nbdkit, one in nbd-server), so that what is more waits. A
-//!   server that is fast is left alone: then it is the CPUs that are short, and a hop and small batches cost.
+//! * while it has none of its own, because there is not much to send or because there may be no
+//!   more of them;
+//! * when its own have a lot in flight, the server is slow, and another has less in flight. Servers
+//!   work on a bounded number of requests of a connection at a time (16 in QEMU and nbdkit, one in
+//!   nbd-server), so that what is more waits. A server that is fast is left alone: then it is the
+//!   CPUs that are short, and a hop and small batches cost.
 //!
-//! More connections are opened in the background, where the server allows several (`CAN_MULTI_CONN`): for a lane that
-//! has sent a few requests by others', and for one whose own are slow. What the server does not let us
-//! have is done without.
+//! More connections are opened in the background, where the server allows several
+//! (`CAN_MULTI_CONN`): for a lane that has sent a few requests by others', and for one whose own
+//! are slow. What the server does not let us have is done without.
 //!
 //! What happens when one is lost, and when all are, is told in [`returns`].
 
@@ -41,10 +44,12 @@ mod returns;
 
 /// After so many requests by other lanes' connections a lane asks for one of its own.
 const GUEST: u32 = 16;
-/// How long a further connection may take, in the background: a server that has no room for it may just not answer.
+/// How long a further connection may take, in the background: a server that has no room for it may
+/// just not answer.
 const FURTHER_LIMIT: Duration = Duration::from_secs(5);
-/// How many there are at most unless the user says otherwise: one for each CPU, within these bounds. Fewer do not keep a server
-/// busy that is far away, and more are more than a server expects of a client.
+/// How many there are at most unless the user says otherwise: one for each CPU, within these
+/// bounds. Fewer do not keep a server busy that is far away, and more are more than a server
+/// expects of a client.
 const DEFAULT_MOST: (usize, usize) = (4, 8);
 /// All connections to an export.
 pub struct Connections {
@@ -100,7 +105,8 @@ struct Member {
 /// What is known of a lane.
 struct Home {
     drive: Sender<Arc<Connection>>,
-    /// Its thread serves a queue of the kernel's. Where there are such threads, the others hardly serve anything.
+    /// Its thread serves a queue of the kernel's. Where there are such threads, the others hardly
+    /// serve anything.
     sleeps_in_ring: bool,
 }
 
@@ -226,7 +232,8 @@ impl Connections {
         self.shared.lock().expect("no code panics while it holds the connections")
     }
 
-    /// Opens one more in the background, if there may be one: for `lane`, or for another if that has its share.
+    /// Opens one more in the background, if there may be one: for `lane`, or for another if that
+    /// has its share.
     fn open_another(self: &Arc<Self>, lane: usize) {
         if !self.may_open.load(Ordering::Relaxed) || !self.may_open.swap(false, Ordering::AcqRel) {
             return;
@@ -293,7 +300,8 @@ impl Shared {
         self.lanes.iter().filter(move |(_, home)| is_home(home)).map(|(lane, _)| lane)
     }
 
-    /// The lane that is to drive a connection which `lane` has asked for: itself, up to its share of them.
+    /// The lane that is to drive a connection which `lane` has asked for: itself, up to its share
+    /// of them.
     fn home_for(&self, lane: usize) -> Option<usize> {
         let share = self.most.div_ceil(self.homes().count().max(1));
         if self.homes().any(|home| home == lane) && self.connections_of(lane) < share {
@@ -353,13 +361,14 @@ impl Ways {
         &self.connections.unflushed
     }
 
-    /// A request has been lost with its connection once more, the first time at `first`: waits until it is to be sent again.
+    /// A request has been lost with its connection once more, the first time at `first`: waits
+    /// until it is to be sent again.
     pub async fn try_again(&self, first: Instant, times: u32) -> io::Result<()> {
         self.connections.try_again(first, times).await
     }
 
-    /// The connection for the next request. Waits while the server is away, and fails with `NotConnected` when it has been so
-    /// for too long.
+    /// The connection for the next request. Waits while the server is away, and fails with
+    /// `NotConnected` when it has been so for too long.
     pub async fn pick(&self) -> io::Result<Arc<Connection>> {
         loop {
             if let Some(connection) = self.pick_now() {

@@ -43,8 +43,8 @@ impl Export {
         self.flags & flag != 0
     }
 
-    /// Why a request for this one cannot go to the `other`, if it cannot: how they talk is all that they may differ in, and
-    /// what the other has more.
+    /// Why a request for this one cannot go to the `other`, if it cannot: how they talk is all that
+    /// they may differ in, and what the other has more.
     pub fn difference(&self, other: &Export) -> Option<String> {
         if self.size != other.size {
             return Some(format!("it had {} bytes and has {}", self.size, other.size));

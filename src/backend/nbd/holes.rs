@@ -1,9 +1,10 @@
 //! Reads for the page cache that do not ask for what is known to be a hole.
 //!
-//! Disks are mostly sparse, and programs that know nothing of `SEEK_HOLE` read them from one end to the other. So when reads
-//! go in order the server is asked where its holes are, beside the reads and a long way ahead, and those are
-//! not read but filled with zeroes. Only for the page cache, whose readers see what other hosts write at the next first open:
-//! what is known is younger than the last one ([`Extents::forget_all`]), and never older than a second.
+//! Disks are mostly sparse, and programs that know nothing of `SEEK_HOLE` read them from one end to
+//! the other. So when reads go in order the server is asked where its holes are, beside the reads
+//! and a long way ahead, and those are not read but filled with zeroes. Only for the page cache,
+//! whose readers see what other hosts write at the next first open: what is known is younger than
+//! the last one ([`Extents::forget_all`]), and never older than a second.
 
 use std::cell::Cell;
 use std::io;

@@ -9,8 +9,8 @@
 //!                                             └ unflushed                  what a server that crashes forgets
 //! ```
 //!
-//! Where the server allows several connections (`CAN_MULTI_CONN`) a lane that has much to send gets some of its own,
-//! driven on its own thread; otherwise lanes share them (`connections.rs`).
+//! Where the server allows several connections (`CAN_MULTI_CONN`) a lane that has much to send gets
+//! some of its own, driven on its own thread; otherwise lanes share them (`connections.rs`).
 //! Transmission is ours, because requests have to be pipelined; servers too old for `NBD_OPT_GO`
 //! are opened by the crate `nbd`.
 //!
@@ -91,12 +91,13 @@ pub struct Options {
     pub connect_timeout: Duration,
     /// For how long a server that cannot be reached is tried again at the start.
     pub open_timeout: Duration,
-    /// After so long without an answer to a request a connection counts as lost; none: a server may take its time.
+    /// After so long without an answer to a request a connection counts as lost; none: a server may
+    /// take its time.
     pub timeout: Option<Duration>,
     /// How long requests wait for a server that is gone; zero: it is gone for good.
     pub reconnect_timeout: Duration,
-    /// How much of what is acknowledged and not yet durable is kept, to be written again after a server's crash, in bytes; zero:
-    /// the next fsync tells of the loss.
+    /// How much of what is acknowledged and not yet durable is kept, to be written again after a
+    /// server's crash, in bytes; zero: the next fsync tells of the loss.
     pub unflushed: usize,
     /// How many connections there may be; none: chosen from the number of CPUs.
     pub connections: Option<usize>,
@@ -214,8 +215,9 @@ impl Backend for NbdBackend {
     fn stat(&self) -> io::Result<Stat> {
         let time = self.connected;
         let size = self.export().size;
-        // cp, tar and others look for holes only in a file that uses less than its length. No server tells how much
-        // of it is in use: where it tells of holes, it is as if there were one of a sector.
+        // cp, tar and others look for holes only in a file that uses less than its length. No
+        // server tells how much of it is in use: where it tells of holes, it is as if there were
+        // one of a sector.
         let allocated_bytes = match self.export().base_allocation {
             Some(_) => (size / 512).saturating_sub(1) * 512,
             None => size,
@@ -246,8 +248,8 @@ impl Backend for NbdBackend {
     }
 
     /// Flushes over any connection that still works, if anything was written, then says goodbye on
-    /// all. It fails if acknowledged writes could not be flushed, or were lost and nobody has been told; a lost connection
-    /// alone is no failure.
+    /// all. It fails if acknowledged writes could not be flushed, or were lost and nobody has been
+    /// told; a lost connection alone is no failure.
     fn last_flush(&self, patience: Duration) -> io::Result<()> {
         match self.extents.asked() {
             0 => {}
@@ -379,8 +381,8 @@ async fn flush(backend: &NbdBackend, commands: &Commands) -> io::Result<()> {
     Ok(())
 }
 
-/// As [`flush`], where no client has asked for it: if the server could not store something, it may have said so once, and to
-/// us.
+/// As [`flush`], where no client has asked for it: if the server could not store something, it may
+/// have said so once, and to us.
 async fn flush_unasked(backend: &NbdBackend, commands: &Commands) -> io::Result<()> {
     flush(backend, commands).await.inspect_err(|e| {
         if e.kind() != io::ErrorKind::NotConnected {

@@ -38,8 +38,8 @@ impl Requests {
         self.front_sent = 0;
     }
 
-    /// Sends what there is, with one system call if the socket has room. False: it has none now, and
-    /// the rest must wait for it.
+    /// Sends what there is, with one system call if the socket has room. False: it has none now,
+    /// and the rest must wait for it.
     pub fn send(&mut self, stream: &mut Stream, table: &mut Table) -> io::Result<bool> {
         while !self.is_empty() {
             match self.send_some(stream, table) {

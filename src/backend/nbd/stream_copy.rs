@@ -6,8 +6,8 @@
 #[cfg(target_arch = "x86_64")]
 const LONG: usize = 16 << 10;
 
-/// As `to.copy_from_slice(from)`. A long copy goes past the caches, and leaves in them what is there: the source itself, which
-/// a server on this machine may be about to read.
+/// As `to.copy_from_slice(from)`. A long copy goes past the caches, and leaves in them what is
+/// there: the source itself, which a server on this machine may be about to read.
 pub fn copy_past_the_caches(to: &mut [u8], from: &[u8]) {
     assert_eq!(to.len(), from.len());
     #[cfg(target_arch = "x86_64")]
@@ -20,7 +20,8 @@ pub fn copy_past_the_caches(to: &mut [u8], from: &[u8]) {
         let (at, behind) = rest.split_at(size_of_val(middle));
         head.copy_from_slice(before);
         for (to, from) in middle.iter_mut().zip(at.chunks_exact(16)) {
-            // SAFETY: 16 bytes are read, from any address, and written to an aligned one. SSE2 is a part of x86-64.
+            // SAFETY: 16 bytes are read, from any address, and written to an aligned one. SSE2 is a
+            // part of x86-64.
             unsafe { _mm_stream_si128(to, _mm_loadu_si128(from.as_ptr().cast())) };
         }
         // SAFETY: no arguments. Whoever reads the bytes, on whatever CPU, is to find them.

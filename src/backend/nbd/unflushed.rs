@@ -1,7 +1,7 @@
 //! What the server has acknowledged and not yet made durable.
 //!
-//! A server that crashes forgets it, and the FLUSH of the server that comes after it succeeds all the same. So it is
-//! kept here, and written again before anything else ([`super::connections`]):
+//! A server that crashes forgets it, and the FLUSH of the server that comes after it succeeds all
+//! the same. So it is kept here, and written again before anything else ([`super::connections`]):
 //!
 //! ```text
 //!   acknowledged ──copied──> current log ┐                          FLUSH answered: what was acknowledged
@@ -9,14 +9,17 @@
 //!                         the other log ─┘
 //! ```
 //!
-//! The extents are disjoint: a later write, zeroing or FUA cuts the earlier. So they can be written again in any
-//! order, and an extent that is written twice in the same log stays in its place. A log is filled once, and
-//! is empty again when none of its extents is left; so memory has a bound that no pattern of writes can break. When the current
-//! log, half of the bound, is full, a FLUSH is due; when both are, writers wait for it.
+//! The extents are disjoint: a later write, zeroing or FUA cuts the earlier. So they can be written
+//! again in any order, and an extent that is written twice in the same log stays in its place. A
+//! log is filled once, and is empty again when none of its extents is left; so memory has a bound
+//! that no pattern of writes can break. When the current log, half of the bound, is full, a FLUSH
+//! is due; when both are, writers wait for it.
 //!
-//! Writes that overlap and are in flight together may have been carried out in either order, and it is not known in which.
+//! Writes that overlap and are in flight together may have been carried out in either order, and it
+//! is not known in which.
 //!
-//! Where nothing is kept, because the user wants that or the server has no FLUSH, a loss is told: the next fsync fails.
+//! Where nothing is kept, because the user wants that or the server has no FLUSH, a loss is told:
+//! the next fsync fails.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -30,7 +33,8 @@ use smol::lock::Mutex as AsyncMutex;
 use super::stream_copy::copy_past_the_caches;
 use crate::backend::Zero;
 
-/// One extent for so many bytes of the bound, on average: what they cost beside their data stays small.
+/// One extent for so many bytes of the bound, on average: what they cost beside their data stays
+/// small.
 const BYTES_OF_AN_EXTENT: usize = 512;
 /// A write cuts at most one extent in two, and may lie in both logs.
 const EXTENTS_OF_A_WRITE: usize = 3;
@@ -41,7 +45,8 @@ pub const LEAST: usize = 4 << 20;
 /// Acknowledged and not yet made durable, of one disk.
 #[derive(Debug)]
 pub struct Unflushed {
-    /// How many writes were acknowledged, and how many of them are known to be durable. Both only grow.
+    /// How many writes were acknowledged, and how many of them are known to be durable. Both only
+    /// grow.
     acknowledged: AtomicU64,
     flushed: AtomicU64,
     /// Writes on their way, see [`Unflushed::begin`].
@@ -185,8 +190,8 @@ impl Unflushed {
         self.kept.as_ref().is_some_and(|kept| kept.is_due.load(Ordering::Relaxed))
     }
 
-    /// A write is on its way from here until what it gives is dropped, or has noted its end. What is lost with
-    /// a server is not certain before none is.
+    /// A write is on its way from here until what it gives is dropped, or has noted its end. What
+    /// is lost with a server is not certain before none is.
     pub fn begin(&self) -> Writing<'_> {
         self.writing.fetch_add(1, Ordering::SeqCst);
         Writing { all: self }
@@ -211,7 +216,8 @@ impl Unflushed {
         }
     }
 
-    /// Waits, blocking, until no write is on its way. All connections are lost, so that none stays there.
+    /// Waits, blocking, until no write is on its way. All connections are lost, so that none stays
+    /// there.
     fn until_none_is_written(&self) {
         while self.writing.load(Ordering::SeqCst) > 0 {
             // Listen first and look again, or the end in between would be missed.
@@ -222,8 +228,9 @@ impl Unflushed {
         }
     }
 
-    /// The server is gone, with what it had not made durable: what has to be written again, until it is given back or is durable.
-    /// Blocks. Where nothing is kept, what is gone counts as lost, and nothing is given.
+    /// The server is gone, with what it had not made durable: what has to be written again, until
+    /// it is given back or is durable. Blocks. Where nothing is kept, what is gone counts as lost,
+    /// and nothing is given.
     pub fn take(&self) -> Option<Again> {
         self.until_none_is_written();
         let mark = self.mark();
@@ -270,8 +277,8 @@ impl Unflushed {
         }
     }
 
-    /// What was acknowledged up to `mark` may be gone for ever. It does not count as flushed: some of it may still be in a server's
-    /// cache, and the next fsync is to send a FLUSH.
+    /// What was acknowledged up to `mark` may be gone for ever. It does not count as flushed: some
+    /// of it may still be in a server's cache, and the next fsync is to send a FLUSH.
     pub fn lose(&self, mark: u64) {
         self.untold.store(true, Ordering::SeqCst);
         self.losses.fetch_add(1, Ordering::SeqCst);
@@ -412,7 +419,8 @@ impl Content {
 
 #[derive(Debug, Default)]
 struct Log {
-    /// As many as it holds, once it has been used. The kernel gives the memory when it is written to.
+    /// As many as it holds, once it has been used. The kernel gives the memory when it is written
+    /// to.
     bytes: Vec<u8>,
     used: usize,
     /// How many there are in it.
@@ -516,8 +524,8 @@ impl Store {
         Some(extent)
     }
 
-    /// Takes the range out. What of it was in the current log, and where, from the end to the start: it can be used
-    /// again.
+    /// Takes the range out. What of it was in the current log, and where, from the end to the
+    /// start: it can be used again.
     fn cut(&mut self, range: Range<u64>) -> Vec<(Range<u64>, usize)> {
         let mut in_current = Vec::new();
         while let Some((&start, extent)) = self.extents.range(..range.end).next_back()
@@ -567,162 +575,4 @@ impl Store {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::nbd::tests::Random;
-
-    const SIZE: usize = LEAST;
-
-    fn write(all: &Unflushed, offset: u64, data: &[u8]) {
-        all.begin().acknowledged(offset, Change::Data(data));
-    }
-
-    /// What is kept, put upon `disk`.
-    fn apply(all: &Unflushed, disk: &mut [u8]) {
-        let kept = all.bytes();
-        let Some(again) = all.take() else { return };
-        assert_eq!(all.bytes(), kept);
-        let data = |(_, change): (u64, Change<'_>)| match change {
-            Change::Data(data) => data.len() as u64,
-            _ => 0,
-        };
-        assert_eq!(kept, Some(again.changes().map(data).sum()));
-        for (offset, change) in again.changes() {
-            let place = &mut disk[offset as usize..][..change.length() as usize];
-            match change {
-                Change::Data(data) => place.copy_from_slice(data),
-                Change::Zero(..) => place.fill(0),
-                Change::Durable(_) => unreachable!("it is not kept"),
-            }
-        }
-        all.is_not_durable(again);
-    }
-
-    /// A server that has forgotten all that was not durable gets exactly that back, whatever was written; and no more: what is
-    /// durable may have been changed by others.
-    #[test]
-    fn what_is_kept_makes_good_what_was_forgotten() {
-        const LENGTH: u64 = 4 << 10;
-        let mut random = Random(7);
-        for _ in 0..200 {
-            let all = Unflushed::new(SIZE);
-            let mut acknowledged = vec![1; LENGTH as usize];
-            let mut durable = acknowledged.clone();
-            // Which bytes are not durable, by the flush that would make them so.
-            let mut dirty = vec![false; LENGTH as usize];
-            let mut under_way: Option<(u64, Vec<u8>, Vec<bool>)> = None;
-            for _ in 0..60 {
-                let offset = random.below(LENGTH);
-                let most = 1 << random.below(12);
-                let length = (1 + random.below(most)).min(LENGTH - offset);
-                let range = offset as usize..(offset + length) as usize;
-                match random.below(10) {
-                    0..6 => {
-                        let data = random.bytes(length as usize);
-                        write(&all, offset, &data);
-                        acknowledged[range.clone()].copy_from_slice(&data);
-                        dirty[range].fill(true);
-                    }
-                    6 => {
-                        all.begin().acknowledged(offset, Change::Zero(length, Zero::Keep));
-                        acknowledged[range.clone()].fill(0);
-                        dirty[range].fill(true);
-                    }
-                    7 => {
-                        let data = random.bytes(length as usize);
-                        all.begin().acknowledged(offset, Change::Durable(length));
-                        acknowledged[range.clone()].copy_from_slice(&data);
-                        durable[range.clone()].copy_from_slice(&data);
-                        dirty[range.clone()].fill(false);
-                        if let Some((_, then, is_dirty)) = &mut under_way {
-                            then[range.clone()].copy_from_slice(&data);
-                            is_dirty[range].fill(false);
-                        }
-                    }
-                    8 if under_way.is_none() => {
-                        let since = std::mem::replace(&mut dirty, vec![false; LENGTH as usize]);
-                        under_way = Some((all.mark(), acknowledged.clone(), since));
-                    }
-                    _ => {
-                        if let Some((mark, then, _)) = under_way.take() {
-                            all.flushed_to(mark);
-                            durable = then;
-                        }
-                    }
-                }
-                let mut disk = durable.clone();
-                apply(&all, &mut disk);
-                assert!(disk == acknowledged);
-                // Nothing else is touched.
-                let mut marked = vec![2; LENGTH as usize];
-                let before = marked.clone();
-                apply(&all, &mut marked);
-                for (at, byte) in marked.iter().enumerate() {
-                    let is_dirty =
-                        dirty[at] || under_way.as_ref().is_some_and(|(_, _, since)| since[at]);
-                    assert!(is_dirty || *byte == before[at], "{at} is durable");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_block_that_is_written_again_costs_nothing() {
-        let all = Unflushed::new(SIZE);
-        for round in 0..10_000_u32 {
-            let _room = all.reserve(4096).expect("there is room for ever");
-            write(&all, 8192, &[round as u8; 4096]);
-        }
-        let mut disk = vec![0; 16384];
-        apply(&all, &mut disk);
-        assert!(disk[8192..12288] == [(9_999_u32 & 255) as u8; 4096]);
-    }
-
-    #[test]
-    fn the_bound_holds_and_a_flush_makes_room() {
-        let all = Unflushed::new(SIZE);
-        let mut written = 0;
-        let mut due = None;
-        let data = vec![5; 100_000];
-        while let Some(_room) = all.reserve(data.len()) {
-            write(&all, written, &data);
-            written += data.len() as u64;
-            if due.is_none() && all.is_due() {
-                due = Some(written);
-            }
-        }
-        assert!((SIZE as u64 - 100_000..=SIZE as u64).contains(&written), "{written}");
-        assert!((SIZE as u64 / 2..=SIZE as u64 / 2 + 100_000).contains(&due.unwrap()));
-        all.flushed_to(all.mark());
-        assert!(!all.any() && all.reserve(data.len()).is_some());
-        assert!(!all.is_due());
-    }
-
-    #[test]
-    fn short_writes_cannot_break_the_bound() {
-        let all = Unflushed::new(SIZE);
-        let mut extents = 0;
-        while let Some(_room) = all.reserve(1) {
-            write(&all, extents * 2, b"x");
-            extents += 1;
-        }
-        assert!(extents as usize <= SIZE / BYTES_OF_AN_EXTENT, "{extents}");
-        let mark = all.mark();
-        all.flushed_to(mark);
-        assert!(all.reserve(1).is_some());
-    }
-
-    #[test]
-    fn where_nothing_is_kept_a_loss_is_told_once() {
-        let all = Unflushed::new(0);
-        write(&all, 0, b"lost");
-        assert!(all.any() && all.take().is_none());
-        assert!(all.any() && all.losses() == 1);
-        assert!(all.tell() && !all.tell());
-        all.flushed_to(all.mark());
-        // Nothing was written since.
-        assert!(all.take().is_none() && !all.tell());
-        all.begin().acknowledged(0, Change::Durable(4));
-        assert!(all.take().is_none() && !all.tell());
-    }
-}
+mod tests;

@@ -248,7 +248,8 @@ impl Uri {
         }
     }
 
-    /// The same server, if the working folder changes: a relative path of a socket is made absolute.
+    /// The same server, if the working folder changes: a relative path of a socket is made
+    /// absolute.
     pub fn from_anywhere(&self) -> io::Result<Uri> {
         let address = match &self.address {
             Address::Unix(path) => Address::Unix(socket_from_anywhere(path)?),

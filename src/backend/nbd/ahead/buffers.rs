@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use super::{CHUNK, MAX_CHUNKS};
 use crate::sys;
 
-/// At most [`MAX_CHUNKS`] buffers of [`CHUNK`] bytes. They are kept for the next chunk until they are given back.
+/// At most [`MAX_CHUNKS`] buffers of [`CHUNK`] bytes. They are kept for the next chunk until they
+/// are given back.
 #[derive(Debug, Default)]
 pub struct Buffers {
     taken: AtomicUsize,

@@ -1,40 +1,48 @@
 //! Reading ahead of readers that go in order, where the kernel cannot be told to.
 //!
-//! The kernel's page cache asks for 128 KiB at a time, twice at once at most, and only root can change that. So what a
-//! reader will ask for next is fetched into *chunks*, pieces of the disk on a fixed grid:
+//! The kernel's page cache asks for 128 KiB at a time, twice at once at most, and only root can
+//! change that. So what a reader will ask for next is fetched into *chunks*, pieces of the disk on
+//! a fixed grid:
 //!
 //! ```text
 //!  READ ─> streams ── in order: begins fetches ──> source ──> chunk
 //!    └───> chunks: ready: copied │ on its way: waited for │ none: read from the source
 //! ```
 //!
-//! As much is fetched ahead as the reader has read in order, up to the limit of one reader and its share of
-//! [`MAX_CHUNKS`]. A chunk is freed when it has been read wholly, when room is needed and it is the one that was used
-//! longest ago, or when it has not been used for a second, which a task sees to that runs only while there are chunks.
-//! What a reader is about to read counts as used by it.
+//! As much is fetched ahead as the reader has read in order, up to the limit of one reader and its
+//! share of [`MAX_CHUNKS`]. A chunk is freed when it has been read wholly, when room is needed and
+//! it is the one that was used longest ago, or when it has not been used for a second, which a task
+//! sees to that runs only while there are chunks. What a reader is about to read counts as used by
+//! it.
 //!
-//! All lanes share the chunks. A fetch is a task of the lane that began it; it reads from that lane's source. Nobody sees an
-//! error of it: whoever waits for the chunk reads for himself then, and hears his own.
+//! All lanes share the chunks. A fetch is a task of the lane that began it; it reads from that
+//! lane's source. Nobody sees an error of it: whoever waits for the chunk reads for himself then,
+//! and hears his own.
 //!
 //! # What is read is never older than a write that was acknowledged before
 //!
-//! A chunk is put into the table *before* its fetch is sent, and a write takes what it overlaps out of the
-//! table before it is sent ([`Ahead::writing`]) and again when it has ended, before it is acknowledged. A fetch
-//! whose chunk is not in the table any more (told by its number, there may be a later one) is thrown away. A
-//! read that began after the acknowledgement looks into the table after that. So, for a fetch and a write W:
+//! A chunk is put into the table *before* its fetch is sent, and a write takes what it overlaps out
+//! of the table before it is sent ([`Ahead::writing`]) and again when it has ended, before it is
+//! acknowledged. A fetch whose chunk is not in the table any more (told by its number, there may be
+//! a later one) is thrown away. A read that began after the acknowledgement looks into the table
+//! after that. So, for a fetch and a write W:
 //!
-//! - The chunk was put in before W's end: W's end takes it out, on its way or ready. No later read finds it.
+//! - The chunk was put in before W's end: W's end takes it out, on its way or ready. No later read
+//!   finds it.
 //! - It was put in after W's end: it was sent when the server had carried out W, and has its bytes.
-//! - A read found the chunk, or began to wait for it, before W's end took it out: the read began before the
-//!   acknowledgement, and may return either. One that waits looks again, finds nothing, and reads from the source.
-//! - W fails, or is dropped because its client was killed: it may or may not be carried out, now or later.
-//!   Its end takes chunks out as well. It is never acknowledged; a later write to the same bytes waits for it
-//!   ([`super::abandoned`]) and then takes out what was fetched in between.
-//! - W's end sees that no buffer is taken, and looks no further ([`Buffers::any_taken`]): one is taken before its chunk is
-//!   put in, and so before its fetch is sent. So the fetch is sent after W's end.
+//! - A read found the chunk, or began to wait for it, before W's end took it out: the read began
+//!   before the acknowledgement, and may return either. One that waits looks again, finds nothing,
+//!   and reads from the source.
+//! - W fails, or is dropped because its client was killed: it may or may not be carried out, now or
+//!   later. Its end takes chunks out as well. It is never acknowledged; a later write to the same
+//!   bytes waits for it ([`super::abandoned`]) and then takes out what was fetched in between.
+//! - W's end sees that no buffer is taken, and looks no further ([`Buffers::any_taken`]): one is
+//!   taken before its chunk is put in, and so before its fetch is sent. So the fetch is sent after
+//!   W's end.
 //!
-//! Taking chunks out before W is sent is not needed for that. It keeps what was ready from being found by a read that
-//! follows one that has met W at the source. (What is fetched just then can still be found so, until W ends.)
+//! Taking chunks out before W is sent is not needed for that. It keeps what was ready from being
+//! found by a read that follows one that has met W at the source. (What is fetched just then can
+//! still be found so, until W ends.)
 
 use std::future::Future;
 use std::io;
@@ -61,8 +69,9 @@ mod tests;
 
 /// The length of a chunk, in bytes; that at the end of the disk may be shorter.
 const CHUNK: u64 = 256 << 10;
-/// The most chunks of all readers, ready or on their way: 32 MiB. A server that takes a chunk's READ whole has half of a
-/// connection's requests in flight left for what clients have asked for ([`super::inflight::MAX_IN_FLIGHT`]).
+/// The most chunks of all readers, ready or on their way: 32 MiB. A server that takes a chunk's
+/// READ whole has half of a connection's requests in flight left for what clients have asked for
+/// ([`super::inflight::MAX_IN_FLIGHT`]).
 const MAX_CHUNKS: usize = 128;
 
 /// Where the bytes come from.
@@ -104,7 +113,8 @@ impl Ahead {
         drop(chunks);
     }
 
-    /// A write to `range` begins: what was read ahead of it is taken out now, and again when this is dropped.
+    /// A write to `range` begins: what was read ahead of it is taken out now, and again when this
+    /// is dropped.
     #[must_use = "the write ends when this is dropped"]
     pub fn writing(&self, range: Range<u64>) -> Writing<'_> {
         let writing = Writing { ahead: self, range };
@@ -258,7 +268,8 @@ impl<S: Source> Reads<S> {
     }
 }
 
-/// A chunk on its way. It is taken out if this is dropped: its fetch has failed, or its lane has ended.
+/// A chunk on its way. It is taken out if this is dropped: its fetch has failed, or its lane has
+/// ended.
 struct Arriving {
     ahead: Arc<Ahead>,
     offset: u64,

@@ -1,14 +1,15 @@
 //! Which readers go through the disk in order, told from their READs alone.
 //!
-//! A READ does not say whose it is. A *stream* is a reader that is believed in: where its next READ should begin.
-//! READs of one stream may come out of order by one place, since the kernel has two of them on their way and they can
-//! be served by different threads; and it leaves out what its page cache has, so a short gap is part of a stream too.
+//! A READ does not say whose it is. A *stream* is a reader that is believed in: where its next READ
+//! should begin. READs of one stream may come out of order by one place, since the kernel has two
+//! of them on their way and they can be served by different threads; and it leaves out what its
+//! page cache has, so a short gap is part of a stream too.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// The most streams that are told apart; the one that was read longest ago makes room. A random reader begins one with each
-/// READ, so there are more than readers to be expected.
+/// The most streams that are told apart; the one that was read longest ago makes room. A random
+/// reader begins one with each READ, so there are more than readers to be expected.
 pub const MAX_STREAMS: usize = 128;
 /// A READ may be so far from where it should be, in bytes: two of the kernel's default read-ahead.
 const TOLERANCE: u64 = 256 << 10;
@@ -74,8 +75,8 @@ impl Stream {
 }
 
 impl Streams {
-    /// Takes note of a READ, which is not empty. Returns the reader that it has brought forward, if it is one that goes
-    /// in order.
+    /// Takes note of a READ, which is not empty. Returns the reader that it has brought forward, if
+    /// it is one that goes in order.
     pub fn note(&mut self, read: Range<u64>, now: Instant) -> Option<Reader> {
         if let Some(at) = self.0.iter().position(|stream| stream.continues_with(&read)) {
             self.0[at].goes_on(read, now);

@@ -11,10 +11,12 @@ use super::buffers::{Buffer, Buffers};
 use super::streams::Streams;
 use super::{CHUNK, MAX_CHUNKS};
 
-/// A chunk that was not used for so long can make room for another. Less, and readers who take turns would take each other's.
+/// A chunk that was not used for so long can make room for another. Less, and readers who take
+/// turns would take each other's.
 pub const SPARE: Duration = Duration::from_millis(100);
 
-/// Everything that changes, under one lock. It is held for look-ups, never while bytes are copied or anybody is woken.
+/// Everything that changes, under one lock. It is held for look-ups, never while bytes are copied
+/// or anybody is woken.
 #[derive(Debug, Default)]
 pub struct Table {
     streams: Streams,
@@ -70,8 +72,8 @@ pub struct Plan {
     pub expiry: Option<Arc<Expiry>>,
 }
 
-/// The task that expires chunks has this. It can end with its lane while other lanes have chunks: the next fetch then
-/// starts another.
+/// The task that expires chunks has this. It can end with its lane while other lanes have chunks:
+/// the next fetch then starts another.
 #[derive(Debug)]
 pub struct Expiry;
 
@@ -83,7 +85,8 @@ pub struct Fetch {
 }
 
 impl Table {
-    /// Takes note of a READ, tells where its bytes are, and puts in the chunks that are to be fetched ahead of it.
+    /// Takes note of a READ, tells where its bytes are, and puts in the chunks that are to be
+    /// fetched ahead of it.
     pub fn plan(
         &mut self,
         read: Range<u64>,
@@ -108,7 +111,8 @@ impl Table {
         Plan { parts, fetches, expiry }
     }
 
-    /// A fetch has ended. Returns whom to notify; `None`: its chunk was taken out meanwhile, and the bytes may be old.
+    /// A fetch has ended. Returns whom to notify; `None`: its chunk was taken out meanwhile, and
+    /// the bytes may be old.
     pub fn is_ready(&mut self, offset: u64, number: u64, content: Buffer) -> Option<Event> {
         let chunk = self.chunks.get_mut(&offset).filter(|chunk| chunk.number == number)?;
         chunk.content = Some(Arc::new(content));
@@ -210,7 +214,8 @@ impl Table {
         })
     }
 
-    /// Takes these chunks out. To be dropped when the lock is not held: it wakes those who wait for them.
+    /// Takes these chunks out. To be dropped when the lock is not held: it wakes those who wait for
+    /// them.
     pub fn take_out(&mut self, which: impl Fn(u64, &Chunk) -> bool) -> Vec<Chunk> {
         let all = self.chunks.iter();
         let which: Vec<u64> =

@@ -13,7 +13,8 @@ use super::*;
 
 const READ: u64 = 128 << 10;
 
-/// Every byte is told by its place and the disk's version. A READ sees the version at which it was asked.
+/// Every byte is told by its place and the disk's version. A READ sees the version at which it was
+/// asked.
 #[derive(Default)]
 struct Disk {
     version: Cell<u8>,

@@ -1,14 +1,15 @@
 //! Connections that are lost, and a server that comes back.
 //!
 //! # When one is lost
-//! It is reset, and its requests go by the others. A server that was started anew has never had what it had acknowledged and
-//! not made durable, so a new connection counts only once an older one has answered after it was opened: then both
-//! are to the same server.
+//! It is reset, and its requests go by the others. A server that was started anew has never had
+//! what it had acknowledged and not made durable, so a new connection counts only once an older one
+//! has answered after it was opened: then both are to the same server.
 //!
 //! # When all are lost
-//! Requests wait, for a time. A thread dials until the server is there again, and has the same disk; it writes what was
-//! acknowledged and not durable again, and flushes it ([`crate::backend::nbd::unflushed`]); then what was in flight goes out again,
-//! and what has waited.
+//! Requests wait, for a time. A thread dials until the server is there again, and has the same
+//! disk; it writes what was acknowledged and not durable again, and flushes it
+//! ([`crate::backend::nbd::unflushed`]); then what was in flight goes out again, and what has
+//! waited.
 
 use std::io;
 use std::sync::Arc;
@@ -24,8 +25,8 @@ use super::super::unflushed::Change;
 use super::super::wire::transmission_flag;
 use super::{Connections, Member, Shared};
 
-/// The pause after the first attempt to reach a server again, and the longest: each is twice the one before, and up to half
-/// longer or shorter, so that not all clients of a server come at once.
+/// The pause after the first attempt to reach a server again, and the longest: each is twice the
+/// one before, and up to half longer or shorter, so that not all clients of a server come at once.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// So often a request is sent again without a pause.
 const FREE_ATTEMPTS: u32 = 3;
@@ -165,8 +166,8 @@ impl Connections {
         Ok(())
     }
 
-    /// Writes what was acknowledged and not durable again, and flushes it, over a connection that nobody uses yet. How
-    /// many bytes. An error: another attempt may help.
+    /// Writes what was acknowledged and not durable again, and flushes it, over a connection that
+    /// nobody uses yet. How many bytes. An error: another attempt may help.
     fn write_again(&self, connection: &Arc<Connection>) -> io::Result<u64> {
         let Some(again) = self.unflushed.take() else { return Ok(0) };
         let commands = Commands::over(connection.clone());
@@ -206,8 +207,8 @@ impl Connections {
         }
     }
 
-    /// The end: one more attempt to reach a server that is gone, for as long as `patience`, and to make durable what it
-    /// had acknowledged.
+    /// The end: one more attempt to reach a server that is gone, for as long as `patience`, and to
+    /// make durable what it had acknowledged.
     pub fn bring_back_at_the_end(&self, patience: Duration) -> io::Result<()> {
         let until = Instant::now() + patience;
         let mut pause = PAUSES.0;
@@ -257,8 +258,8 @@ impl Connections {
         }
     }
 
-    /// A request has been lost with its connection once more, the first time at `first`: waits until it is to be sent
-    /// again.
+    /// A request has been lost with its connection once more, the first time at `first`: waits
+    /// until it is to be sent again.
     pub(super) async fn try_again(&self, first: Instant, times: u32) -> io::Result<()> {
         // What ends every connection that it goes by must not go on for ever.
         if first.elapsed() > self.reconnect_timeout {

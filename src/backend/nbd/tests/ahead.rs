@@ -17,7 +17,8 @@ use crate::backend::{Backend, Lane, Zero};
 const BLOCK: u64 = 4096;
 const READ: u64 = 128 << 10;
 
-/// Each block is full of the number of its last write. Block by block, the last that was acknowledged.
+/// Each block is full of the number of its last write. Block by block, the last that was
+/// acknowledged.
 type Acknowledged = Arc<Vec<AtomicU64>>;
 
 fn blocks(range: &Range<u64>) -> impl Iterator<Item = usize> + use<> {
@@ -41,7 +42,8 @@ async fn read_in_order(lane: Rc<NbdLane>, acknowledged: Acknowledged, until: Ins
     }
 }
 
-/// Writes the blocks of one thread: of each 16, the first or the last 8. Some writes are given up half-way.
+/// Writes the blocks of one thread: of each 16, the first or the last 8. Some writes are given up
+/// half-way.
 async fn write_some(
     lane: Rc<NbdLane>,
     acknowledged: Acknowledged,

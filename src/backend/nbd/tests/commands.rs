@@ -90,7 +90,8 @@ pub fn model_tests(uri: &str, threads: u64) -> Arc<NbdBackend> {
     model_tests_over(uri, threads, 1)
 }
 
-/// As [`model_tests`]; `connections` are there in the end, of which all but the first are opened in the background.
+/// As [`model_tests`]; `connections` are there in the end, of which all but the first are opened in
+/// the background.
 fn model_tests_over(uri: &str, threads: u64, connections: usize) -> Arc<NbdBackend> {
     let backend = connect(uri);
     // Neither aligned nor apart: threads meet in the middle of a block.
@@ -534,8 +535,8 @@ fn calls_of_reads(uri: &str, length: usize, depth: u64, reads: u64) -> (f64, f64
 #[test]
 fn one_read_costs_one_send_and_one_receive_and_many_share_them() {
     let Some(server) = nbdkit_tcp(&["memory", "64M"]) else { return };
-    // With as many reads as there are at a time all are asked for at once; later ones follow the answers, and how
-    // many share a call depends on the server's pace.
+    // With as many reads as there are at a time all are asked for at once; later ones follow the
+    // answers, and how many share a call depends on the server's pace.
     for (length, depth, reads) in [
         (4096, 1, 2000),
         (4096, 64, 64),

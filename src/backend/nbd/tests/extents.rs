@@ -1,4 +1,5 @@
-//! Seeks, and what they remember: against a peer that counts the questions and chooses when to answer.
+//! Seeks, and what they remember: against a peer that counts the questions and chooses when to
+//! answer.
 
 use std::rc::Rc;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -19,7 +20,8 @@ const STATUS: u16 = Command::BlockStatus as u16;
 /// Of the peer's export.
 const SIZE: u64 = 1 << 30;
 
-/// A disk of 4 MiB holes that end in 1 MiB of data, as its server tells of it for `asked` bytes from `offset` on.
+/// A disk of 4 MiB holes that end in 1 MiB of data, as its server tells of it for `asked` bytes
+/// from `offset` on.
 fn tell(peer: &mut Peer, request: &Seen, headers: Headers) {
     let end = (request.offset + request.length).min(SIZE);
     let mut extents = Vec::new();
@@ -53,7 +55,8 @@ fn tell_extents(peer: &mut Peer, cookie: u64, headers: Headers, extents: &[(u64,
     peer.chunk(cookie, true, kind, &payload);
 }
 
-/// Runs `work` on a disk whose peer follows `script`. The commands that the peer saw, if it tells them.
+/// Runs `work` on a disk whose peer follows `script`. The commands that the peer saw, if it tells
+/// them.
 fn with_peer(
     headers: Headers,
     script: impl FnOnce(&mut Peer, &Sender<Seen>) + Send + 'static,
@@ -273,6 +276,7 @@ fn a_cut_answer_shortens_the_next_question() {
         }
     });
     let lengths: Vec<_> = statuses(&seen).iter().map(|(_, length)| length / MIB).collect();
-    // A thousand extents are kept; half as much carries 512 of them, which is neither much nor little.
+    // A thousand extents are kept; half as much carries 512 of them, which is neither much nor
+    // little.
     assert_eq!(lengths[..4], [64, 4, 2, 2], "{lengths:?}");
 }

@@ -53,7 +53,8 @@ impl Mouth<'_> {
 
 const SIZE: u64 = 1 << 20;
 
-/// Speaks with structured replies and extents; ends when the client does. How many bytes it had to say.
+/// Speaks with structured replies and extents; ends when the client does. How many bytes it had to
+/// say.
 fn converse(mut stream: &UnixStream, harm: Harm) -> std::io::Result<usize> {
     let mut mouth = Mouth { stream, harm, said: 0 };
     mouth.say(b"NBDMAGICIHAVEOPT\0\x03")?;
@@ -126,7 +127,8 @@ fn converse(mut stream: &UnixStream, harm: Harm) -> std::io::Result<usize> {
     }
 }
 
-/// Meets such a server with each kind of request. Whether all went well, and how many bytes it had to say.
+/// Meets such a server with each kind of request. Whether all went well, and how many bytes it had
+/// to say.
 fn meet(harm: Harm) -> (bool, usize) {
     let directory = Directory::new();
     let path = directory.0.join("socket");

@@ -1,4 +1,5 @@
-//! A server that crashes, forgets, and comes back: random steps against a model of what may be lost.
+//! A server that crashes, forgets, and comes back: random steps against a model of what may be
+//! lost.
 //!
 //! `DISKFUSE_CASES` says how many cases there are; `scripts/crashes` asks for many.
 
@@ -208,7 +209,8 @@ fn what_was_acknowledged_is_there_for_ever() {
     });
 }
 
-/// With nothing kept, a flush that succeeds means that everything acknowledged is there; and a loss is told once.
+/// With nothing kept, a flush that succeeds means that everything acknowledged is there; and a loss
+/// is told once.
 #[test]
 fn where_nothing_is_kept_a_flush_tells_of_every_loss() {
     run_cases(|setting, steps| {

@@ -466,8 +466,8 @@ fn when_the_driving_thread_ends_another_takes_over() {
     peer.join().unwrap();
 }
 
-/// A request is sent again once its connection was given up. So no more of it may reach the server then: what has not been received is
-/// taken back.
+/// A request is sent again once its connection was given up. So no more of it may reach the server
+/// then: what has not been received is taken back.
 #[test]
 fn a_connection_that_is_given_up_takes_back_what_was_not_received() {
     const LENGTH: usize = 32 << 20;

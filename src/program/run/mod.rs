@@ -1,0 +1,371 @@
+//! One export from its beginning to its end: source → mount → session → stop → unmount → flush.
+//!
+//! This is the control thread; `control` is what it does while others serve. It is also the only
+//! one that unmounts: the kernel holds an unmount until no request waits, so a thread that serves
+//! may not.
+
+mod control;
+mod stop;
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::backend::Backend;
+use crate::backend::file::{self, FileBackend};
+use crate::backend::nbd::{NbdBackend, Uri};
+use crate::backend::part::Part;
+use crate::export::report::Reporter;
+use crate::export::{Cache, Export, Policy};
+use crate::mount::{self, Mount, Mountpoint};
+use crate::partitions::{self};
+use crate::program::cli::{CacheWish, Config, Source, When};
+use crate::program::daemon::{Background, Pidfile};
+use crate::program::own_folder::OwnFolder;
+use crate::program::server::Server;
+use crate::program::{hints, logging, privileges};
+use crate::session::{self, Session};
+use crate::stats::{Stats, Transport};
+use crate::sys;
+
+use super::failure::{Failure, local_failure, path_failure, remote_failure, stopped_while_opened};
+use control::{Control, Ended};
+
+/// Exports until the end, and gives the exit status: that of the command in `--run`, else 0.
+pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failure> {
+    logging::set_name(&config.words);
+    // Before any thread is started, as what follows: they inherit it.
+    let io_flusher = sys::become_io_flusher();
+    // It is a program like any other, with what this one was started with.
+    let server = match &config.source {
+        Source::Server(command) => {
+            let server = Server::start(command, config.words.clone());
+            Some(server.map_err(Failure::Source)?)
+        }
+        Source::Nbd(_) | Source::Path(_) | Source::Memory(_) => None,
+    };
+    let given_up = privileges::give_up(config.run.is_some(), server.is_some());
+    // So that all of them leave these signals to the control thread.
+    let mut control = Control::new(config.words.clone(), matches!(io_flusher, Ok(true)))
+        .map_err(|e| Failure::Serving(format!("signals: {e}")))?;
+    control.server = server;
+    // Nothing is logged before this: it might not be read.
+    logging::write_from_a_thread().map_err(|e| Failure::Serving(format!("the log: {e}")))?;
+    if let Err(e) = io_flusher {
+        log::info!("clients in this memory cgroup can come to wait for memory for ever: {e}");
+    }
+    if let Err(e) = given_up {
+        log::warn!("privileges that are not needed could not be given up: {e}");
+    }
+    if let Some(server) = &mut control.server {
+        server.show_words().map_err(|e| Failure::Serving(format!("no thread: {e}")))?;
+    }
+    let stopped = |signal| stopped_while_opened(&config.words, signal);
+    let connect = |to: Uri| {
+        let options = config.remote.clone();
+        move || NbdBackend::connect(&to, &options)
+    };
+    match config.source.clone() {
+        Source::Nbd(uri) => {
+            let mut to = uri.clone();
+            if config.daemonize {
+                // It goes on connecting when it has left its folder. (Certificates are read once,
+                // before that.)
+                let anywhere = to.from_anywhere();
+                to = anywhere.map_err(|e| Failure::Source(format!("{uri}: its socket: {e}")))?;
+            }
+            let backend = control.unless_signalled("connect", connect(to)).map_err(stopped)?;
+            serve_part(config, backend.map_err(|e| remote_failure(&uri, &e))?, control, background)
+        }
+        Source::Server(_) => {
+            let uri = control.server().uri();
+            let backend = control.unless_signalled("connect", connect(uri)).map_err(stopped)?;
+            let backend = backend.map_err(|e| Failure::Source(control.server().failure(&e)))?;
+            serve_part(config, backend, control, background)
+        }
+        Source::Path(path) => {
+            let options = file::Options { read_only: config.read_only, direct: config.direct };
+            let named = path.clone();
+            let open = move || {
+                let backend = FileBackend::open(&path, options)?;
+                Ok((backend, hints::other_format(&path)))
+            };
+            let opened = control.unless_signalled("open", open).map_err(stopped)?;
+            let (backend, warning) = opened.map_err(|e| path_failure(&named, &e))?;
+            if let Some(warning) = warning {
+                log::warn!("{warning}");
+            }
+            serve_part(config, backend, control, background)
+        }
+        Source::Memory(size) => {
+            let backend = FileBackend::memory(size, config.read_only);
+            serve_part(config, backend.map_err(local_failure)?, control, background)
+        }
+    }
+}
+
+/// The mountpoint that was asked for, or one of its own in a temporary folder that goes with it.
+fn place(config: &Config) -> Result<(PathBuf, Option<OwnFolder>), Failure> {
+    if let Some(path) = &config.mountpoint {
+        return Ok((path.clone(), None));
+    }
+    let name = match &config.source {
+        Source::Path(path) => path.file_name(),
+        Source::Nbd(_) | Source::Memory(_) | Source::Server(_) => None,
+    };
+    let folder = OwnFolder::new(name.unwrap_or("disk".as_ref()).as_ref());
+    let folder = folder.map_err(|e| Failure::Mount(format!("a temporary folder: {e}")))?;
+    Ok((folder.mountpoint().to_owned(), Some(folder)))
+}
+
+/// Requests lie in memory at 4 KiB and multiples of it, and a request's longest payload is counted
+/// in pages.
+fn check_page_size() -> Result<(), Failure> {
+    match sys::page_size() {
+        Ok(4096) => Ok(()),
+        Ok(size) => Err(Failure::Mount(format!(
+            "pages of {size} bytes: a kernel with pages of 4096 is needed"
+        ))),
+        Err(e) => Err(Failure::Mount(format!("the size of a page: {e}"))),
+    }
+}
+
+/// Threads that serve need descriptors, and without them would fail one after the other behind a
+/// mount. Says whether there are enough for rings.
+fn allow_open_files(config: &Config) -> Result<When, Failure> {
+    const IN_ALL: u64 = 32;
+    const FOR_EACH_THREAD: u64 = 8;
+    let limit = |threads: usize| {
+        let wanted = IN_ALL + FOR_EACH_THREAD * threads as u64;
+        match sys::allow_open_files(wanted) {
+            Ok(allowed) if allowed < wanted => {
+                Err(format!("{allowed} open files are not enough: {wanted} may be needed"))
+            }
+            Ok(_) => Ok(()),
+            Err(e) => Err(format!("the limit of open files: {e}")),
+        }
+    };
+    let workers = session::worker_count();
+    limit(workers).map_err(|why| Failure::Mount(format!("{why} (a larger ulimit -n)")))?;
+    if config.io_uring == When::Off {
+        return Ok(When::Off);
+    }
+    match (limit(workers + session::ring_thread_count()), config.io_uring) {
+        (Ok(()), when) => Ok(when),
+        (Err(why), When::Auto) => {
+            log::warn!("serving by /dev/fuse, no FUSE over io_uring: {why} (a larger ulimit -n)");
+            Ok(When::Off)
+        }
+        (Err(why), _) => Err(Failure::Mount(format!(
+            "no FUSE over io_uring: {why} (a larger ulimit -n), or use --io-uring off"
+        ))),
+    }
+}
+
+/// Serves the part of the source that is wanted, or all of it. A part is another type: what serves
+/// whole disks has nothing to add and to compare.
+fn serve_part<B: Backend>(
+    config: &Config,
+    whole: Arc<B>,
+    mut control: Control,
+    background: Option<Background>,
+) -> Result<u8, Failure> {
+    let Some(wanted) = config.part else { return serve(config, whole, control, background) };
+    let source = &config.words;
+    let find = move || {
+        let range = partitions::find(&*whole, wanted)?;
+        Part::new(whole, range).map_err(|e| e.to_string())
+    };
+    let part = control
+        .unless_signalled("part", find)
+        .map_err(|signal| stopped_while_opened(source, signal))?
+        .map_err(|why| Failure::Source(format!("{source}: {why}")))?;
+    log::info!("{source}: {part} are shown");
+    serve(config, part, control, background)
+}
+
+fn serve<B: Backend>(
+    config: &Config,
+    backend: Arc<B>,
+    mut control: Control,
+    background: Option<Background>,
+) -> Result<u8, Failure> {
+    check_page_size()?;
+    let io_uring = allow_open_files(config)?;
+    let (path, folder) = place(config)?;
+    let prepare = |path: PathBuf| move || Mountpoint::prepare(&path);
+    let mountpoint = control
+        .unless_signalled("mountpoint", prepare(path.clone()))
+        .map_err(|signal| Failure::Mount(format!("stopped by signal {}", signal.number)))?
+        .map_err(|e| Failure::Mount(e.to_string()))?;
+    let lock = config.pidfile.clone().map(|path| move || Pidfile::lock(&path));
+    let mut pidfile = match lock {
+        Some(lock) => Some(
+            control
+                .unless_signalled("pidfile", lock)
+                .map_err(|signal| Failure::Serving(format!("stopped by signal {}", signal.number)))?
+                .map_err(Failure::Serving)?,
+        ),
+        None => None,
+    };
+    let read_only = config.read_only || backend.capabilities().read_only;
+    let (mount, device, allow_other) = mount(config, mountpoint, &path, read_only)?;
+    let (uid, gid) = sys::effective_ids();
+    let policy = Policy {
+        writable: !read_only,
+        growable: config.growable,
+        truncate: config.truncate,
+        cache: cache(config),
+        keep_cache: config.kernel_cache,
+        allow_other,
+        uid: config.uid.unwrap_or(uid),
+        gid: config.gid.unwrap_or(gid),
+    };
+    let export = Export::new(backend, policy, control.closed.clone())
+        .map_err(|e| Failure::Source(format!("{}: {e}", config.words)))?;
+    let export = Arc::new(export);
+    export.set_control(control.poller.clone());
+    let stats = Arc::<Stats>::default();
+    export.set_reporter(Reporter { source: config.words.clone(), stats: stats.clone() });
+    let reporting = export.clone();
+    control.report = Box::new(move || reporting.report().unwrap_or_default());
+    let options = session::Options {
+        io_uring,
+        queue_depth: config.queue_depth,
+        read_ahead: config.read_ahead,
+    };
+    let start = {
+        let (export, stats, poller) = (export.clone(), stats.clone(), control.poller.clone());
+        move || Session::start(device, &export, options, &stats, &poller)
+    };
+    let started = match control.unless_signalled("start", start) {
+        Ok(started) => started,
+        Err(signal) => Err(format!("stopped by signal {}", signal.number)),
+    };
+    let session = match started {
+        Ok(session) => session,
+        Err(why) => {
+            let failure = Failure::Mount(format!("{}: {why}", mount.path().display()));
+            drop(mount);
+            // It may have been served for a moment.
+            return control.last_flush(config, &export).and(Err(failure));
+        }
+    };
+    if config.kernel_cache && export.cache() == Cache::None {
+        log::warn!(
+            "--kernel-cache: there is no page cache in front of a local disk (see --cache writethrough)"
+        );
+    }
+    if export.cache() != Cache::None {
+        // The kernel's own reads straight into the page cache. Who may not set it has only its
+        // default of 128 KiB.
+        if let Err(e) = mount.set_read_ahead(config.read_ahead) {
+            log::info!("the kernel's read-ahead stays as it is: {e}");
+            export.backend().set_read_ahead(config.read_ahead);
+        }
+    }
+    let announced = control
+        .tell_size(&mount, &export)
+        .inspect(|()| log_place(config, mount.path(), export.writable()))
+        .and_then(|()| control.announce(config, &mount, &mut pidfile, background));
+    if announced.is_err() {
+        control.stop_at_once();
+    }
+    let ended = control.supervise(session, mount, &export);
+    if let Some(pidfile) = &pidfile {
+        pidfile.ending();
+    }
+    for transport in [Transport::Uring, Transport::Legacy] {
+        log::info!("served by {}", stats.line(transport));
+    }
+    // What others have written meanwhile is flushed in every case.
+    let flushed = control.last_flush(config, &export);
+    control.end_server();
+    let result = match (announced, flushed) {
+        (Err(failure), flushed) => {
+            if let Err(also) = flushed {
+                log::error!("{also}");
+            }
+            Err(failure)
+        }
+        (Ok(()), flushed) => flushed.and_then(|()| verdict(config, &export, &ended)),
+    };
+    let result = result.map(|()| ended.status);
+    if ended.abandoned || control.is_abandoned {
+        // Threads still use the lane and the connection: leave without their destructors.
+        drop((pidfile, folder));
+        if let Err(failure) = &result {
+            logging::say(log::Level::Error, &failure.to_string());
+        }
+        logging::finish();
+        sys::exit_now(i32::from(result.unwrap_or_else(|failure| failure.status())));
+    }
+    result
+}
+
+fn log_place(config: &Config, path: &Path, writable: bool) {
+    let read_only = if writable { "" } else { ", read-only" };
+    log::info!("{} is at {}{read_only}", config.words, path.display());
+}
+
+/// The page cache that is asked for: by default in front of remote disks. A local image's pages are
+/// in memory already, and its other users see what is changed here, and the other way round.
+fn cache(config: &Config) -> Cache {
+    match (config.cache, &config.source) {
+        (CacheWish::Auto, Source::Nbd(_) | Source::Server(_)) => Cache::Writethrough,
+        (CacheWish::Auto, Source::Path(_) | Source::Memory(_)) => Cache::None,
+        (CacheWish::Is(cache), _) => cache,
+    }
+}
+
+/// Whether all was well.
+fn verdict<B: Backend>(config: &Config, export: &Export<B>, ended: &Ended) -> Result<(), Failure> {
+    let source = &config.words;
+    if export.flush_failed() {
+        return Err(Failure::Serving(format!(
+            "{source}: a flush failed while it was served, so writes may be lost"
+        )));
+    }
+    if ended.failed {
+        return Err(Failure::Serving(format!("{source}: no longer served, see above")));
+    }
+    Ok(())
+}
+
+/// How often a mount is tried if the mountpoint vanishes: each time a diskfuse before this one has
+/// removed it at its end.
+const MOUNT_ATTEMPTS: usize = 10;
+
+fn mount(
+    config: &Config,
+    mountpoint: Mountpoint,
+    path: &Path,
+    read_only: bool,
+) -> Result<(Mount, OwnedFd, bool), Failure> {
+    let mut mountpoint = Some(mountpoint);
+    let mut attempt = |allow_other| {
+        let source = config.words.clone();
+        let options = mount::Options { source, read_only, allow_other };
+        for attempts_left in (0..MOUNT_ATTEMPTS).rev() {
+            let prepared = mountpoint.take().map_or_else(|| Mountpoint::prepare(path), Ok)?;
+            match prepared.mount(&options) {
+                Ok((mount, device)) => return Ok((mount, device, allow_other)),
+                Err((_, prepared)) if prepared.has_vanished() && attempts_left > 0 => {}
+                Err((why, prepared)) => {
+                    mountpoint = Some(prepared);
+                    return Err(why);
+                }
+            }
+        }
+        unreachable!("the last attempt returns")
+    };
+    match config.allow_other {
+        When::Off => attempt(false),
+        When::On => attempt(true),
+        When::Auto => attempt(true).or_else(|refused| {
+            log::info!("allow_other is not to be had: {refused}");
+            attempt(false)
+        }),
+    }
+    .map_err(|e| Failure::Mount(e.to_string()))
+}
