@@ -34,8 +34,9 @@ pub const HEAD_LEN: usize = 4096;
 const STRIDE: usize = HEAD_LEN + PAYLOAD_LEN;
 /// Payload pages up to here stay resident when a burst is over, in bytes.
 const KEPT_LEN: usize = 64 << 10;
-/// A burst is over when nothing has come for so long.
-pub const BURST_OVER: Duration = Duration::from_secs(1);
+/// A burst is over when nothing has come for so long: a script that runs one program after another
+/// on the file does not pay for the pages each time.
+pub const BURST_OVER: Duration = Duration::from_secs(10);
 
 /// One mapping, cut into [`Memory`]s.
 struct Arena {

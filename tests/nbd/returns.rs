@@ -6,16 +6,17 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use libc::{EIO, O_DIRECT, SIGTERM};
 use rustix::process::Signal;
 
-use crate::common::export::Export;
+use crate::common::export::{Export, Running, binary};
 use crate::common::forgetful::{Forgetful, Kind};
 use crate::common::nbd::{Address, Server, Starter};
-use crate::common::{Aligned, assert_errno, eventually, noise};
+use crate::common::{Aligned, SOON, assert_errno, eventually, noise};
 use crate::tls::Certificates;
 use crate::{Bench, open};
 
@@ -429,13 +430,14 @@ pub fn start_waits_for_the_server(bench: &Bench) {
     refused.assert(3, &["cannot connect"]);
     // A child of another trial may have had to wait for a server that is stopped there.
     assert!((700..20_000).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
-    let (mut export, _server) = std::thread::scope(|scope| {
-        let export = scope.spawn(|| bench.try_export(&uri, &["--open-timeout=20"]).unwrap());
-        std::thread::sleep(Duration::from_millis(700));
-        // Not on the other thread: nbdkit would end with it.
-        let server = Server::nbdkit(&address, ["file", disk.to_str().unwrap()]);
-        (export.join().unwrap(), server)
-    });
-    assert!(fs::read(export.file()).unwrap() == fs::read(&disk).unwrap());
-    export.stop(SIGTERM).assert(0, &["trying again"]);
+    let file = bench.sandbox.join("disk");
+    let mut command = Command::new(binary());
+    command.args([bench.transport.option(), "--open-timeout=60", &uri]).arg(&file);
+    let mut running = Running::start(command.env("RUST_LOG", "info"));
+    eventually("a second attempt", || running.log().contains("trying again"));
+    let _server = Server::nbdkit(&address, ["file", disk.to_str().unwrap()]);
+    eventually("the mount", || running.log().contains(" is at "));
+    assert!(fs::read(&file).unwrap() == fs::read(&disk).unwrap());
+    running.kill(SIGTERM);
+    running.ended_within(SOON).assert(0, &[]);
 }

@@ -39,6 +39,10 @@ const BYTES_OF_AN_EXTENT: usize = 512;
 /// A write cuts at most one extent in two, and may lie in both logs.
 const EXTENTS_OF_A_WRITE: usize = 3;
 
+/// What a log keeps of its memory between two users of the file, in bytes: small writes do not pay
+/// for it each time.
+const KEPT_BYTES: usize = 4 << 20;
+
 /// The least that can be kept, in bytes: a request of 1 MiB has room in each log.
 pub const LEAST: usize = 4 << 20;
 
@@ -423,6 +427,8 @@ struct Log {
     /// to.
     bytes: Vec<u8>,
     used: usize,
+    /// How many of the bytes have been used at all, and so take memory.
+    resident: usize,
     /// How many there are in it.
     extents: usize,
 }
@@ -500,6 +506,7 @@ impl Store {
             }
             let at = log.used;
             log.used += part.len();
+            log.resident = log.resident.max(log.used);
             copy_past_the_caches(&mut log.bytes[at..log.used], part);
             let end = offset + part.len() as u64;
             self.put(offset, Extent { end, content: Content::In(self.current, at), number });
@@ -569,7 +576,9 @@ impl Store {
 
     fn give_memory_back(&mut self) {
         if self.logs.iter().all(|log| log.extents == 0) {
-            self.logs = Default::default();
+            for log in self.logs.iter_mut().filter(|log| log.resident > KEPT_BYTES) {
+                *log = Log::default();
+            }
         }
     }
 }
