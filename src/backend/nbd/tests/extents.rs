@@ -280,3 +280,44 @@ fn a_cut_answer_shortens_the_next_question() {
     // little.
     assert_eq!(lengths[..4], [64, 4, 2, 2], "{lengths:?}");
 }
+
+#[test]
+fn reads_in_order_ask_where_they_come_upon_zeroes_and_nowhere_else() {
+    let headers = Headers::Structured;
+    // Data up to here, and a hole from here on.
+    const DATA: u64 = 8 * MIB;
+    let script = move |peer: &mut Peer, seen: &Sender<Seen>| {
+        while let Some(request) = peer.request() {
+            let Seen { cookie, offset, length, .. } = request;
+            match request.command {
+                STATUS => {
+                    let data = DATA.saturating_sub(offset).min(length);
+                    let extents = [(data, false), (length - data, true)];
+                    let told = extents.iter().filter(|(length, _)| *length > 0);
+                    tell_extents(peer, cookie, headers, &told.copied().collect::<Vec<_>>());
+                }
+                _ => {
+                    let byte = u8::from(offset < DATA);
+                    peer.data(cookie, true, offset, &vec![byte; length as usize]);
+                }
+            }
+            seen.send(request).unwrap();
+        }
+    };
+    let seen = with_peer(headers, script, async |lane, executor, _| {
+        let mut buf = vec![9; MIB as usize];
+        for at in (0..4 * DATA).step_by(buf.len()) {
+            buf.fill(9);
+            assert_eq!(lane.read_cached(at, &mut buf).await.unwrap(), buf.len());
+            assert!(buf.iter().all(|byte| *byte == u8::from(at < DATA)), "{at}");
+            // The question goes beside the reads: it is to be answered before the next.
+            executor.try_tick();
+            smol::future::yield_now().await;
+        }
+    });
+    let asked = statuses(&seen);
+    assert!(!asked.is_empty() && asked[0].0 >= DATA, "{asked:?}");
+    let read = seen.iter().filter(|request| request.command == Command::Read as u16);
+    let read: u64 = read.map(|request| request.length).sum();
+    assert!((DATA..2 * DATA).contains(&read), "{read} bytes of {} were read", 4 * DATA);
+}
