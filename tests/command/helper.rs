@@ -115,7 +115,7 @@ const FAILURES: &str = r#"
     fails 1 mount.diskfuse "$PWD/image" "$PWD/disk" -z
     # The program's own, through mount.fuse3.
     fails 3 mount -t fuse.diskfuse "$PWD/missing" "$PWD/disk"
-    mount.diskfuse --version | grep '^diskfuse '
+    [[ $(mount.diskfuse --version) == "$("$1" -V)" && $("$1" -V) == "diskfuse "[0-9]* ]]
     [[ ! -e disk ]]
 "#;
 

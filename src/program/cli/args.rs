@@ -200,9 +200,7 @@ impl Args {
         is_sloppy: bool,
     ) -> Result<Command, UsageError> {
         if self.version {
-            return Ok(Command::Print(
-                concat!("diskfuse ", env!("CARGO_PKG_VERSION"), "\n").into(),
-            ));
+            return Ok(Command::Print(concat!("diskfuse ", env!("DISKFUSE_VERSION"), "\n").into()));
         }
         let mut mount = MountOptions { is_sloppy, ..MountOptions::default() };
         for list in std::mem::take(&mut self.options) {
