@@ -3,6 +3,16 @@
 //! One [`Io`] belongs to each serving thread. It stands on the thread's ring where there is one
 //! (the FUSE queue's own over io_uring; a private one on the /dev/fuse path), and on the pool of
 //! blocking threads and async-io's reactor where io_uring cannot be used. Lanes see no difference.
+//!
+//! # Buffers on loan
+//! A future that reads or writes lends its buffer to the kernel, to a thread of the pool or to the
+//! driver of a connection. Its end takes the buffer back: completed, or dropped. *Leaked*, which is
+//! safe in Rust, it would leave the buffer on loan when the borrow ends. So whoever makes an [`Io`]
+//! promises ([`Io::new`]) for all that is read and written with it, down to a lane's futures, that
+//! none of them is leaked unless its buffer is too. The transports keep the promise by having a
+//! request's memory in the same future as what is done with it.
+
+#![allow(unsafe_code)]
 
 use std::cell::OnceCell;
 use std::fs::File;
@@ -36,18 +46,25 @@ enum Engine {
 const PRIVATE_ENTRIES: u32 = 128;
 
 impl Io {
-    /// For a thread that sleeps in `ring`, and whose loop submits to and reaps it.
-    pub fn in_ring(ring: Rc<Ring>, executor: Rc<LocalExecutor<'static>>) -> Rc<Io> {
-        Io::new(Engine::Ring(ring), executor)
-    }
-
-    /// For a thread that sleeps in async-io's reactor, and calls [`Io::submit`] before it does.
-    pub fn in_reactor(executor: Rc<LocalExecutor<'static>>) -> Rc<Io> {
-        Io::new(Engine::Reactor(OnceCell::new()), executor)
-    }
-
-    fn new(engine: Engine, executor: Rc<LocalExecutor<'static>>) -> Rc<Io> {
+    /// For a thread that sleeps in `ring`, and whose loop submits to and reaps it; without one, for
+    /// a thread that sleeps in async-io's reactor, and calls [`Io::submit`] before it does.
+    ///
+    /// # Safety
+    /// No future that reads or writes a buffer with this, also through a lane that is made with it,
+    /// is leaked while the buffer's borrow ends.
+    pub unsafe fn new(ring: Option<Rc<Ring>>, executor: Rc<LocalExecutor<'static>>) -> Rc<Io> {
+        let engine = match ring {
+            Some(ring) => Engine::Ring(ring),
+            None => Engine::Reactor(OnceCell::new()),
+        };
         Rc::new(Io { engine, executor })
+    }
+
+    /// As [`Io::new`], for tests: they leak no future.
+    #[cfg(test)]
+    pub fn of_a_test(ring: Option<Rc<Ring>>, executor: Rc<LocalExecutor<'static>>) -> Rc<Io> {
+        // SAFETY: see above.
+        unsafe { Io::new(ring, executor) }
     }
 
     /// Whether its thread sleeps in a ring of its own, and serves a queue of the kernel's by it.
@@ -104,8 +121,10 @@ impl Io {
         offset: u64,
     ) -> io::Result<usize> {
         match self.ring() {
-            Some(ring) => ring.read_at(&**file, buf, offset).await,
-            None => pool::read_at(file, buf, offset).await,
+            // SAFETY: whoever made this `Io` promises that no future of it is leaked.
+            Some(ring) => unsafe { ring.read_at(&**file, buf, offset) }.await,
+            // SAFETY: as above.
+            None => unsafe { pool::read_at(file, buf, offset) }.await,
         }
     }
 
@@ -113,8 +132,10 @@ impl Io {
     /// The future must be polled to its end.
     pub async fn write_at(&self, file: &Arc<File>, data: &[u8], offset: u64) -> io::Result<usize> {
         match self.ring() {
-            Some(ring) => ring.write_at(&**file, data, offset).await,
-            None => pool::write_at(file, data, offset).await,
+            // SAFETY: as in `read_at`.
+            Some(ring) => unsafe { ring.write_at(&**file, data, offset) }.await,
+            // SAFETY: as in `read_at`.
+            None => unsafe { pool::write_at(file, data, offset) }.await,
         }
     }
 

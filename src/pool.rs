@@ -24,13 +24,17 @@ fn begin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T
 }
 
 /// Reads at `offset` on another thread. The future must be polled to its end.
-pub async fn read_at(file: &Arc<File>, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+///
+/// # Safety
+/// The future is not leaked while `buf`'s borrow ends: the other thread writes until it has
+/// completed.
+pub async unsafe fn read_at(file: &Arc<File>, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     let (file, lent) = (file.clone(), Lent(buf.as_mut_ptr(), buf.len()));
     let in_flight = InFlight;
     let work = move || {
         // SAFETY: `buf` stays borrowed until this closure has ended: the future holds the borrow,
-        // and aborts when it is dropped before. Nobody else uses the buffer meanwhile, since the
-        // borrow is exclusive.
+        // aborts when it is dropped before, and is not leaked, as the caller promises. Nobody else
+        // uses the buffer meanwhile, since the borrow is exclusive.
         file.read_at(unsafe { lent.as_mut() }, offset)
     };
     let result = run(work).await;
@@ -39,7 +43,10 @@ pub async fn read_at(file: &Arc<File>, buf: &mut [u8], offset: u64) -> io::Resul
 }
 
 /// Writes at `offset` on another thread. The future must be polled to its end.
-pub async fn write_at(file: &Arc<File>, data: &[u8], offset: u64) -> io::Result<usize> {
+///
+/// # Safety
+/// As for [`read_at`]: the other thread reads `data` until it has completed.
+pub async unsafe fn write_at(file: &Arc<File>, data: &[u8], offset: u64) -> io::Result<usize> {
     let (file, lent) = (file.clone(), Lent(data.as_ptr().cast_mut(), data.len()));
     let in_flight = InFlight;
     let work = move || {
@@ -92,9 +99,13 @@ mod tests {
     fn reads_back_what_was_written() {
         let file = Arc::new(crate::sys::memfd("pool").unwrap());
         smol::block_on(async {
-            assert_eq!(write_at(&file, b"pool", 10).await.unwrap(), 4);
+            // SAFETY: it is awaited here, and so is the next one.
+            let write = unsafe { write_at(&file, b"pool", 10) };
+            assert_eq!(write.await.unwrap(), 4);
             let mut buf = [0; 8];
-            assert_eq!(read_at(&file, &mut buf, 8).await.unwrap(), 6);
+            // SAFETY: as above.
+            let read = unsafe { read_at(&file, &mut buf, 8) };
+            assert_eq!(read.await.unwrap(), 6);
             assert_eq!(&buf[..6], b"\0\0pool");
         });
     }

@@ -206,7 +206,7 @@ mod tests {
     /// reactor is needed.
     fn part() -> (Arc<FileBackend>, PartLane<FileBackend>) {
         let whole = FileBackend::memory(WHOLE, false).unwrap();
-        let io = Io::in_reactor(Rc::new(LocalExecutor::new()));
+        let io = Io::of_a_test(None, Rc::new(LocalExecutor::new()));
         let all = whole.lane(&io).unwrap();
         now(all.write(0, &vec![1; WHOLE as usize], false)).unwrap();
         let lane = Part::new(whole.clone(), PART).unwrap().lane(&io).unwrap();
@@ -282,7 +282,7 @@ mod tests {
     fn holes_are_those_inside() {
         const PAGE: u64 = 4096;
         let whole = FileBackend::memory(8 * PAGE, false).unwrap();
-        let io = Io::in_reactor(Rc::new(LocalExecutor::new()));
+        let io = Io::of_a_test(None, Rc::new(LocalExecutor::new()));
         let all = whole.lane(&io).unwrap();
         // Data in pages 0, 3 and 6.
         for page in [0, 3, 6] {
@@ -302,7 +302,7 @@ mod tests {
     #[test]
     fn what_is_cut_off_is_an_error_and_no_end() {
         let (whole, lane) = part();
-        let io = Io::in_reactor(Rc::new(LocalExecutor::new()));
+        let io = Io::of_a_test(None, Rc::new(LocalExecutor::new()));
         now(whole.lane(&io).unwrap().resize(PART.start + 100)).unwrap();
         assert_eq!(now(lane.read(0, &mut [0; 100])).unwrap(), 100);
         assert_eq!(errno(now(lane.read(0, &mut [0; 101]))), Some(libc::EIO));

@@ -33,7 +33,6 @@ use crate::backend::Backend;
 use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::abi::{InHeader, OutHeader, Plain, ReadWriteIn, XattrIn, opcode};
-use crate::io::Io;
 use crate::session::ConnectionEnd;
 use crate::stats::ThreadStats;
 use crate::sys;
@@ -92,10 +91,8 @@ impl<B: Backend> Worker<B> {
     /// Serves until the connection ends. An error is one of set-up or of /dev/fuse itself.
     pub fn run(self) -> io::Result<()> {
         let executor = Rc::new(LocalExecutor::new());
-        let io = Io::in_reactor(executor.clone());
-        let lane = self.export.backend().lane(&io)?;
-        let server =
-            Server::new(self.export, lane, executor.clone(), self.stats.clone(), self.interrupts);
+        let stats = self.stats.clone();
+        let server = Server::new(self.export, None, executor.clone(), stats, self.interrupts)?;
         let channel = Rc::new(Channel {
             device: Async::new_nonblocking(self.device)?,
             free: RefCell::new(Memory::allocate(&vec![0; self.depth.min(FIRST_DEPTH)])?),
@@ -113,7 +110,7 @@ impl<B: Backend> Worker<B> {
         async_io::block_on(std::future::poll_fn(|cx| {
             let polled = run.as_mut().poll(cx);
             // Everything that can run has run: what it asked of the ring goes out in one batch.
-            io.submit();
+            server.submit();
             polled
         }))
     }

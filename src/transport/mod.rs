@@ -2,8 +2,11 @@
 //!
 //! Both hand [`slot::Slot`]s to a [`Server`], which is the same for both.
 
+#![allow(unsafe_code)]
+
 use std::cell::{Cell, RefCell};
 use std::future::Future;
+use std::io;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -16,9 +19,11 @@ use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::reply::Reply;
 use crate::fuse::request::Op;
+use crate::io::Io;
 use crate::pool;
 use crate::stats::{Operation, ThreadStats};
 use interrupts::{Interrupts, Waiting};
+use ring::Ring;
 use slot::Slot;
 
 pub mod cpus;
@@ -36,6 +41,7 @@ pub mod uring;
 pub struct Server<B: Backend> {
     export: Arc<Export<B>>,
     lane: B::Lane,
+    io: Rc<Io>,
     executor: Rc<LocalExecutor<'static>>,
     stats: Arc<ThreadStats>,
     interrupts: Interrupts,
@@ -47,19 +53,25 @@ pub struct Server<B: Backend> {
 }
 
 impl<B: Backend> Server<B> {
-    /// Handlers that use `lane`, and wait on `executor` for what the lane cannot give at once.
+    /// Handlers with a lane of their own, that wait on `executor` for what it cannot give at once.
+    /// The thread sleeps in `ring`, or else in async-io's reactor, see [`Io::new`].
     pub fn new(
         export: Arc<Export<B>>,
-        lane: B::Lane,
+        ring: Option<Rc<Ring>>,
         executor: Rc<LocalExecutor<'static>>,
         stats: Arc<ThreadStats>,
         interrupts: Interrupts,
-    ) -> Rc<Server<B>> {
+    ) -> io::Result<Rc<Server<B>>> {
+        // SAFETY: the lane's futures are in those of `answer`, which own the slot that they read
+        // into and write from: who leaks one leaks the slot's memory too.
+        let io = unsafe { Io::new(ring, executor.clone()) };
+        let lane = export.backend().lane(&io)?;
         let interrupted = interrupts.listen();
         let server = Rc::new(Server {
             waits_for: export.backend().capabilities().waits_for,
             export,
             lane,
+            io,
             executor,
             stats,
             interrupts,
@@ -76,7 +88,12 @@ impl<B: Backend> Server<B> {
             }
         };
         server.executor.spawn(listen).detach();
-        server
+        Ok(server)
+    }
+
+    /// See [`Io::submit`].
+    pub fn submit(&self) {
+        self.io.submit();
     }
 
     /// Serves one request: answers it before it returns where that needs no waiting, else makes it

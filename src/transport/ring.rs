@@ -6,7 +6,8 @@
 //! * a **FUSE entry** ([`Ring::register_entry`], [`Ring::commit`]): its memory is a slot's, owned
 //!   by the kernel from the push until its completion is reaped;
 //! * an **operation** ([`Operation`]): a future; its memory is borrowed by whoever awaits it, until
-//!   its completion is reaped.
+//!   its completion is reaped. Leaking it would end the borrow before that, so who begins a read or
+//!   a write promises not to.
 //!
 //! Nothing here blocks except [`Ring::enter`] with `wait`.
 
@@ -41,8 +42,6 @@ pub struct Ring {
     operations: RefCell<Slab<Progress>>,
     /// Reads and writes that the kernel has not completed.
     io_in_flight: Cell<usize>,
-    /// There have been any.
-    does_io: Cell<bool>,
 }
 
 /// How far an [`Operation`] has come.
@@ -70,7 +69,6 @@ impl Ring {
             uring: RefCell::new(uring),
             operations: RefCell::new(Slab::new()),
             io_in_flight: Cell::new(0),
-            does_io: Cell::new(false),
         };
         ring.probe()?;
         Ok(Rc::new(ring))
@@ -122,11 +120,6 @@ impl Ring {
     /// How many reads and writes the kernel has not completed.
     pub fn io_in_flight(&self) -> usize {
         self.io_in_flight.get()
-    }
-
-    /// Whether reads and writes go through this ring.
-    pub fn does_io(&self) -> bool {
-        self.does_io.get()
     }
 
     /// Submits what was pushed and runs the kernel's deferred work for this ring (without an enter
@@ -231,7 +224,10 @@ impl Ring {
     }
 
     /// Reads into `buf` at `offset`. The future must be polled to its end.
-    pub fn read_at<'a>(
+    ///
+    /// # Safety
+    /// The future is not leaked while `buf`'s borrow ends: the kernel writes until it has completed.
+    pub unsafe fn read_at<'a>(
         &'a self,
         file: &'a impl AsRawFd,
         buf: &'a mut [u8],
@@ -240,13 +236,16 @@ impl Ring {
         let entry = opcode::Read::new(Fd(file.as_raw_fd()), buf.as_mut_ptr(), clamp_len(buf.len()))
             .offset(offset)
             .build();
-        // SAFETY: `Operation<'a>` borrows the file and the buffer until the completion, see its
-        // `Drop`.
+        // SAFETY: `Operation<'a>` borrows the file and the buffer until the completion: its `Drop`
+        // sees to it, and the caller promises that it is not leaked.
         unsafe { self.operation(entry.into(), true) }
     }
 
     /// Writes `data` at `offset`. The future must be polled to its end.
-    pub fn write_at<'a>(
+    ///
+    /// # Safety
+    /// As for [`Ring::read_at`]: the kernel reads `data` until it has completed.
+    pub unsafe fn write_at<'a>(
         &'a self,
         file: &'a impl AsRawFd,
         data: &'a [u8],
@@ -255,7 +254,7 @@ impl Ring {
         let entry = opcode::Write::new(Fd(file.as_raw_fd()), data.as_ptr(), clamp_len(data.len()))
             .offset(offset)
             .build();
-        // SAFETY: as in `read_at`; the kernel only reads `data`.
+        // SAFETY: as in `read_at`.
         unsafe { self.operation(entry.into(), true) }
     }
 
@@ -276,7 +275,6 @@ impl Ring {
         if owns_memory {
             user_data |= IO;
             self.io_in_flight.set(self.io_in_flight.get() + 1);
-            self.does_io.set(true);
         }
         // SAFETY: the caller's promise.
         unsafe { self.push(entry.user_data(user_data)) };
@@ -420,13 +418,15 @@ mod tests {
     fn read_and_write_complete() {
         let Some(ring) = ring() else { return };
         let file = crate::sys::memfd("ring-test").unwrap();
-        assert!(!ring.does_io());
-        assert_eq!(drive(&ring, ring.write_at(&file, b"hello", 100)).unwrap(), 5);
+        // SAFETY: it is polled to its end here, and so is the next one.
+        let write = unsafe { ring.write_at(&file, b"hello", 100) };
+        assert_eq!(drive(&ring, write).unwrap(), 5);
         let mut buf = [0; 8];
-        let read = ring.read_at(&file, &mut buf, 100);
+        // SAFETY: as above.
+        let read = unsafe { ring.read_at(&file, &mut buf, 100) };
         assert_eq!(ring.io_in_flight(), 1);
         assert_eq!(drive(&ring, read).unwrap(), 5);
-        assert!(ring.does_io() && ring.io_in_flight() == 0);
+        assert_eq!(ring.io_in_flight(), 0);
         assert_eq!(&buf[..5], b"hello");
         assert!(!ring.has_operations());
     }
@@ -437,7 +437,9 @@ mod tests {
         let file = crate::sys::memfd("ring-test").unwrap();
         (&file).write_all(&[7; 4096]).unwrap();
         let mut bufs = vec![[0u8; 16]; 40];
-        let reads: Vec<_> = bufs.iter_mut().map(|b| ring.read_at(&file, b, 0)).collect();
+        // SAFETY: all are polled to their ends below.
+        let read = |buf| unsafe { ring.read_at(&file, buf, 0) };
+        let reads: Vec<_> = bufs.iter_mut().map(|buf| read(buf)).collect();
         for read in reads {
             assert_eq!(drive(&ring, read).unwrap(), 16);
         }

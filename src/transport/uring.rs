@@ -43,7 +43,6 @@ use crate::backend::{Backend, WaitsFor};
 use crate::errno::Errno;
 use crate::export::Export;
 use crate::fuse::abi::{InHeader, OutHeader, UringEntInOut, uring_header};
-use crate::io::Io;
 use crate::session::ConnectionEnd;
 use crate::stats::ThreadStats;
 use crate::transport::interrupts::Interrupts;
@@ -136,18 +135,22 @@ impl<B: Backend> RingThread<B> {
         let set_up = || {
             let ring = Ring::new(self.depths.most as u32)?;
             let memory = self.first_memory()?;
-            let lane = self.export.backend().lane(&Io::in_ring(ring.clone(), executor.clone()))?;
-            io::Result::Ok((ring, memory, lane, Doorbell::new()?))
+            let server = Server::new(
+                self.export.clone(),
+                Some(ring.clone()),
+                executor.clone(),
+                self.stats.clone(),
+                self.interrupts.clone(),
+            )?;
+            io::Result::Ok((ring, memory, server, Doorbell::new()?))
         };
-        let (ring, memory, lane, doorbell) = match set_up() {
+        let (ring, memory, server, doorbell) = match set_up() {
             Ok(done) => done,
             Err(e) => {
                 reporter.report(Progress::NoRing(e));
                 return Ok(());
             }
         };
-        let server =
-            Server::new(self.export, lane, executor.clone(), self.stats.clone(), self.interrupts);
         reporter.report(Progress::Ready);
         if proceed.recv().is_err() {
             return Ok(());

@@ -70,7 +70,7 @@ struct Lane {
 impl Lane {
     fn new(ahead: &Arc<Ahead>, size: u64) -> Lane {
         let (executor, disk) = (Rc::new(LocalExecutor::new()), Rc::<Disk>::default());
-        let io = Io::in_reactor(executor.clone());
+        let io = Io::of_a_test(None, executor.clone());
         let reads = Reads::new(ahead.clone(), disk.clone(), size, io);
         Lane { executor, disk, reads }
     }

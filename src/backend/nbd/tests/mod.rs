@@ -43,7 +43,7 @@ fn on_lane<R>(
     work: impl AsyncFnOnce(Rc<NbdLane>, Rc<LocalExecutor<'static>>) -> R,
 ) -> R {
     let executor = Rc::new(LocalExecutor::new());
-    let io = Io::in_reactor(executor.clone());
+    let io = Io::of_a_test(None, executor.clone());
     let lane = Rc::new(backend.lane(&io).unwrap());
     smol::block_on(executor.run(work(lane, executor.clone())))
 }
@@ -55,7 +55,7 @@ fn on_lane_in_ring<R: 'static>(
 ) -> Option<R> {
     let ring = Ring::new(64).inspect_err(|e| println!("skipped: no io_uring here: {e}")).ok()?;
     let executor = Rc::new(LocalExecutor::new());
-    let io = Io::in_ring(ring.clone(), executor.clone());
+    let io = Io::of_a_test(Some(ring.clone()), executor.clone());
     let lane = Rc::new(backend.lane(&io).unwrap());
     let mut work = pin!(executor.run(work(lane, executor.clone())));
     loop {

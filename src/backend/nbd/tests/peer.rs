@@ -157,7 +157,7 @@ pub fn drive<R>(
     work: impl AsyncFnOnce(Rc<LocalExecutor<'static>>) -> R,
 ) -> R {
     let executor = Rc::new(LocalExecutor::new());
-    let io = Io::in_reactor(executor.clone());
+    let io = Io::of_a_test(None, executor.clone());
     let _driver = connection.driver(&io, None, |_| {});
     smol::block_on(executor.run(work(executor.clone())))
 }

@@ -483,7 +483,7 @@ fn a_connection_that_is_given_up_takes_back_what_was_not_received() {
     let connection =
         Connection::new("peer".into(), Opened { stream, socket, export }, Arc::default());
     let executor = Rc::new(LocalExecutor::new());
-    let io = Io::in_reactor(executor.clone());
+    let io = Io::of_a_test(None, executor.clone());
     let reason = Rc::new(RefCell::new(None));
     let told = reason.clone();
     let timeout = Some(Duration::from_millis(300));
