@@ -63,12 +63,16 @@
 //! |---|---|
 //! | [`sys`] | arguments are values, or references that live for the call |
 //! | [`fuse::abi`] | structures without padding, checked by size |
+//! | [`io`] | no future that has a buffer is leaked, as whoever makes an [`io::Io`] promises |
+//! | [`transport`] | a request's future owns the slot that it uses |
 //! | [`transport::slot`] | each piece of the mapping has one owner |
 //! | [`transport::ring`] | memory given to the kernel is not used until its completion is reaped |
 //! | [`transport::entries`] | an entry's memory is moved in with the commit, and out with the completion |
 //! | `backend::nbd::inflight` | a buffer is in the table only while a live request borrows it |
+//! | `backend::nbd::{connection, commands}` | requests are not leaked: the promise of [`io`] |
 //! | `backend::nbd::stream_copy` | vectors of bytes, aligned where they are written |
 //! | [`pool`] | a buffer on loan stays borrowed until the work has ended |
+//! | [`program::daemon`], main.rs | the process is split before it has a second thread |
 
 pub mod backend;
 pub mod errno;

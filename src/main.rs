@@ -96,11 +96,14 @@ fn answer(result: Result<String, Failure>) -> u8 {
     }
 }
 
+#[allow(unsafe_code)]
 fn serve(config: &Config) -> u8 {
     if let Some(why) = pidfile_is_taken(config) {
         return fail(&why, 1);
     }
-    let background = match config.daemonize.then(|| daemon::split(config.paths())).transpose() {
+    // SAFETY: no thread was started yet, and what was opened is closed again.
+    let split = || unsafe { daemon::split(config.paths()) };
+    let background = match config.daemonize.then(split).transpose() {
         Ok(None) => None,
         Ok(Some(Process::Background(background))) => Some(background),
         Ok(Some(Process::Foreground(status))) => return status,

@@ -568,9 +568,10 @@ impl CpuSet {
 
 /// `fork(2)`: the child's number in the parent, none in the child.
 ///
-/// Only for a process of one thread: others would be missing in the child, with whatever they had
-/// locked.
-pub fn fork() -> io::Result<Option<libc::pid_t>> {
+/// # Safety
+/// This process has one thread. Others would be missing in the child, with whatever they had
+/// locked, and it could only call what is async-signal-safe until it executes another program.
+pub unsafe fn fork() -> io::Result<Option<libc::pid_t>> {
     // SAFETY: with one thread, the child is a whole copy, and may do anything.
     let pid = check(unsafe { libc::fork() })?;
     Ok((pid > 0).then_some(pid))
@@ -578,14 +579,15 @@ pub fn fork() -> io::Result<Option<libc::pid_t>> {
 
 /// Closes all descriptors that were inherited, but for the standard streams and those `kept`.
 ///
-/// Only as long as nothing in this process owns another one.
-pub fn close_inherited(kept: &[RawFd]) -> io::Result<()> {
+/// # Safety
+/// Nothing in this process owns another one.
+pub unsafe fn close_inherited(kept: &[RawFd]) -> io::Result<()> {
     let number =
         |entry: io::Result<std::fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse().ok();
     // The list's own is closed by its end.
     let open: Vec<RawFd> = std::fs::read_dir("/proc/self/fd")?.filter_map(number).collect();
     for fd in open.into_iter().filter(|fd| *fd > libc::STDERR_FILENO && !kept.contains(fd)) {
-        // SAFETY: no pointers; nobody here owns it, which is the caller's promise.
+        // SAFETY: no pointers; nobody here owns it, as the caller promises.
         unsafe { libc::close(fd) };
     }
     Ok(())

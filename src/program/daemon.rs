@@ -1,5 +1,7 @@
 //! What scripts need: a background process that says when it is ready, and a file with its number.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -33,18 +35,23 @@ pub enum Process {
 ///
 /// The second keeps no descriptors that the program was started with, whose other ends somebody may
 /// wait for, or which hold a lock; but for the standard streams, until it is ready, and those that
-/// `paths` name. Call it while there is one thread only, and nothing is open.
-pub fn split<'a>(paths: impl IntoIterator<Item = &'a Path>) -> io::Result<Process> {
+/// `paths` name.
+///
+/// # Safety
+/// There is one thread only, and nothing is open but what the program was started with.
+pub unsafe fn split<'a>(paths: impl IntoIterator<Item = &'a Path>) -> io::Result<Process> {
     let (mut ready, writer) = std::io::pipe()?;
     let foreground = rustix::process::getpid();
-    let Some(child) = sys::fork()? else {
+    // SAFETY: there is one thread, as the caller promises.
+    let Some(child) = unsafe { sys::fork() }? else {
         rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
         if rustix::process::getppid() != Some(foreground) {
             return Err(io::Error::other("the foreground process has ended"));
         }
         let named = paths.into_iter().filter_map(descriptor_in);
         let kept: Vec<_> = named.chain([ready.as_raw_fd(), writer.as_raw_fd()]).collect();
-        sys::close_inherited(&kept)?;
+        // SAFETY: the pipe is kept, and nothing else is open, as the caller promises.
+        unsafe { sys::close_inherited(&kept) }?;
         return Ok(Process::Background(Background {
             ready: File::from(std::os::fd::OwnedFd::from(writer)),
         }));

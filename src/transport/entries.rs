@@ -17,7 +17,7 @@ use slab::Slab;
 
 use super::ring::Ring;
 use super::slot::Memory;
-use crate::fuse::abi::uring_header;
+use crate::fuse::abi::{UringEntInOut, uring_header};
 
 /// The entries on one ring.
 pub struct Entries {
@@ -105,8 +105,10 @@ impl Entries {
 
     /// Gives an entry back to the kernel with the answer in its memory, and asks for its next
     /// request on this ring, on whichever it was before.
-    pub fn commit(&self, memory: Memory, commit_id: u64) {
+    pub fn commit(&self, memory: Memory) {
         let queue = memory.queue();
+        // The entry is named by what its own memory says, and by nobody's word.
+        let UringEntInOut { commit_id, .. } = memory.head_struct(uring_header::RING_ENT);
         let key = self.in_kernel.borrow_mut().insert(memory);
         // SAFETY: having the memory means that the entry's completion was reaped and no commit was
         // pushed since; from here on it is in `in_kernel` until the next completion.

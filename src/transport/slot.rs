@@ -188,11 +188,14 @@ impl Memory {
         if !self.has_burst_pages() {
             return;
         }
-        let tail = &mut self.bytes_mut()[HEAD_LEN + KEPT_LEN..];
+        const TAIL: std::ops::Range<usize> = HEAD_LEN + KEPT_LEN..STRIDE;
         // SAFETY: the pages are ours, anonymous and private: they read as zeroes from now on, which
-        // is as initialised as before.
-        let done =
-            unsafe { libc::madvise(tail.as_mut_ptr().cast(), tail.len(), libc::MADV_DONTNEED) };
+        // is as initialised as before. There is no reference to them, and none is made: the kernel
+        // may have the entry.
+        let done = unsafe {
+            let tail = self.0.head.add(TAIL.start);
+            libc::madvise(tail.as_ptr().cast(), TAIL.len(), libc::MADV_DONTNEED)
+        };
         // Only a locked or a wrong range is refused (madvise(2)), and this process locks no memory.
         assert_eq!(done, 0, "madvise: {}", io::Error::last_os_error());
         self.0.touched = KEPT_LEN;

@@ -408,7 +408,7 @@ impl Home for Committer {
         let mut ring_ent: UringEntInOut = memory.head_struct(uring_header::RING_ENT);
         ring_ent.payload_sz = payload_sz;
         memory.put_head_struct(uring_header::RING_ENT, &ring_ent);
-        self.entries.commit(memory, ring_ent.commit_id);
+        self.entries.commit(memory);
         // A batch of large answers would leave the cache before the kernel copies them, and keep
         // the client waiting for all of them: each goes out while it is hot. An error shows at the
         // loop's own enter.

@@ -4,6 +4,8 @@
 //! Offsets and lengths are multiples of the server's minimum block size here; [`super::blocks`]
 //! sees to it.
 
+#![allow(unsafe_code)]
+
 use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
@@ -148,7 +150,9 @@ impl Commands {
     }
 
     async fn read_piece(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.ask(async |connection| connection.read(offset, buf).await).await
+        // SAFETY: this future is a lane's, and whoever made its `Io` promises that it is not leaked;
+        // or it is on the stack of `Connection::run_blocking`, or of `block_on`.
+        self.ask(async |connection| unsafe { connection.read(offset, buf) }.await).await
     }
 
     /// Whether a write can be durable when it is acknowledged.
@@ -174,7 +178,21 @@ impl Commands {
             true => (FLAG_FUA, Change::Durable(data.len() as u64)),
             false => (0, Change::Data(data)),
         };
-        let request = async |connection: &Connection| connection.write(offset, data, flags).await;
+        self.send(offset, data, flags, change).await
+    }
+
+    /// `change`, as a WRITE of `data`.
+    async fn send(
+        &self,
+        offset: u64,
+        data: &[u8],
+        flags: u16,
+        change: Change<'_>,
+    ) -> io::Result<()> {
+        let request = async |connection: &Connection| {
+            // SAFETY: as in `read_piece`.
+            unsafe { connection.write(offset, data, flags) }.await
+        };
         self.change(offset, change, request).await
     }
 
@@ -245,8 +263,7 @@ impl Commands {
         while length > 0 {
             let piece = &zeroes[..length.min(self.max_payload as u64) as usize];
             let change = Change::Zero(piece.len() as u64, Zero::Keep);
-            let request = async |connection: &Connection| connection.write(offset, piece, 0).await;
-            self.change(offset, change, request).await?;
+            self.send(offset, piece, 0, change).await?;
             offset += piece.len() as u64;
             length -= piece.len() as u64;
         }

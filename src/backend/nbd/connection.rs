@@ -18,6 +18,8 @@
 //! by another one ([`super::connections`]). It is reset first, so that the server gets nothing more
 //! of it.
 
+#![allow(unsafe_code)]
+
 use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
@@ -182,17 +184,33 @@ impl Connection {
     }
 
     /// Fills `buf` from `offset`. The lengths of payloads are the caller's concern, here and below.
-    pub async fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
+    ///
+    /// # Safety
+    /// The future may be dropped, but it is not leaked while `buf`'s borrow ends: the driver writes
+    /// until then.
+    pub async unsafe fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
         let length = buf.len() as u64;
         let payload = Payload::Fill(buf);
-        self.ask(Ask { command: Command::Read, flags: 0, offset, length, payload }).await.map(drop)
+        let ask = Ask { command: Command::Read, flags: 0, offset, length, payload };
+        // SAFETY: the caller's promise.
+        unsafe { self.ask(ask) }.await.map(drop)
     }
 
     /// Writes `data` at `offset`.
-    pub async fn write(&self, offset: u64, data: &[u8], flags: u16) -> Result<(), Failure> {
+    ///
+    /// # Safety
+    /// As for [`Connection::read`]: the driver reads `data` until then.
+    pub async unsafe fn write(
+        &self,
+        offset: u64,
+        data: &[u8],
+        flags: u16,
+    ) -> Result<(), Failure> {
         let length = data.len() as u64;
         let payload = Payload::Send(data);
-        self.ask(Ask { command: Command::Write, flags, offset, length, payload }).await.map(drop)
+        let ask = Ask { command: Command::Write, flags, offset, length, payload };
+        // SAFETY: the caller's promise.
+        unsafe { self.ask(ask) }.await.map(drop)
     }
 
     /// A command without a payload.
@@ -203,17 +221,21 @@ impl Connection {
         offset: u64,
         length: u64,
     ) -> Result<Vec<Extent>, Failure> {
-        self.ask(Ask { command, flags, offset, length, payload: Payload::None }).await
+        // SAFETY: there is no buffer.
+        unsafe { self.ask(Ask { command, flags, offset, length, payload: Payload::None }) }.await
     }
 
-    async fn ask(&self, ask: Ask<'_>) -> Result<Vec<Extent>, Failure> {
+    /// # Safety
+    /// The future is not leaked while the borrow of the buffer in `ask` ends.
+    async unsafe fn ask(&self, ask: Ask<'_>) -> Result<Vec<Extent>, Failure> {
         if matches!(ask.command, Command::Write | Command::WriteZeroes) {
             let range = ask.offset..ask.offset.saturating_add(ask.length);
             self.abandoned.none_in(range).await;
         }
         let _load = Load::add(&self.load, &ask);
         let permit = self.permits.acquire().await;
-        Request::begin(self, permit, ask)?.await
+        // SAFETY: the request is a part of this future, which is not leaked.
+        unsafe { Request::begin(self, permit, ask) }?.await
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -31,6 +31,7 @@ use smol::{Task, Timer, future};
 
 use super::Options;
 use super::abandoned::Abandoned;
+use super::commands::Commands;
 use super::connection::{BUSY, Connection, Driver};
 use super::dial::{Dialer, Export, Opened};
 use super::stream::SystemCalls;
@@ -257,7 +258,7 @@ impl Connections {
         let older = self.all().into_iter().find(|older| !older.is_lost());
         let answered = older.is_some_and(|older| {
             let mut block = vec![0; self.export.block_sizes.minimum as usize];
-            let asked = async { older.read(0, &mut block).await.is_ok() };
+            let asked = async { Commands::over(older).read(0, &mut block).await.is_ok() };
             let limit = async {
                 Timer::after(FURTHER_LIMIT).await;
                 false

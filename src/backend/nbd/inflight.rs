@@ -10,11 +10,10 @@
 //! > **Invariant.** While a [`Lent`] is in the table its memory is borrowed by a live
 //! > `Request<'a>`, and nobody else uses it.
 //!
-//! After a request was dropped in flight its reply is still to come: its slot stays, marked as
-//! awaited by nobody; data for it is drained, and a WRITE that is only half sent goes on from a
-//! copy. What remains is that a `Request` must not be leaked (`mem::forget`) while `'a` ends;
-//! [`Request::begin`] is private to the connection, whose `async fn`s keep it in their own state,
-//! and executors drop their futures.
+//! After a request was dropped in flight its reply is still to come: its slot stays; data for it is
+//! drained, and a WRITE that is only half sent goes on from a copy. What remains is that a
+//! `Request` must not be leaked (`mem::forget`) while `'a` ends: [`Request::begin`] is unsafe, and
+//! so are the functions of the connection that pass a buffer to it.
 //!
 //! # Bounds
 //! The table has [`MAX_IN_FLIGHT`] slots, made at the start; the connection's semaphore lets no
@@ -540,7 +539,10 @@ pub struct Request<'a> {
 impl<'a> Request<'a> {
     /// Puts `ask` in flight and into the send queue. `permit` stands for the slot that it takes,
     /// and goes back when the slot becomes free.
-    pub(super) fn begin(
+    ///
+    /// # Safety
+    /// The request is not leaked while `'a` ends.
+    pub(super) unsafe fn begin(
         connection: &'a Connection,
         permit: SemaphoreGuard<'_>,
         ask: Ask<'a>,
@@ -551,8 +553,8 @@ impl<'a> Request<'a> {
             if connection.is_lost() {
                 return Err(Failure::Lost);
             }
-            // SAFETY: `'a` borrows the buffer for as long as the `Request` lives, and its `Drop`
-            // lets go.
+            // SAFETY: `'a` borrows the buffer for as long as the `Request` lives, which is not
+            // leaked, and its `Drop` lets go.
             let cookie = unsafe { state.table.insert(ask) };
             permit.forget();
             state.enqueue(command, flags, cookie, offset, length);

@@ -1,11 +1,15 @@
 //! Transmission against a scripted peer: orders and mistakes that real servers seldom show.
 
+#![allow(unsafe_code)]
+
 use std::cell::RefCell;
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
+use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use smol::future::{or, poll_once, zip};
@@ -18,8 +22,40 @@ use super::super::handshake::BlockSizes;
 use super::super::inflight::{Extent, Failure};
 use super::super::stream::Stream;
 use super::super::wire::{Command, Headers};
-use super::peer::{CONTEXT, Seen, chunk, connection, drive};
+use super::peer::{self, CONTEXT, Peer, Seen, chunk, drive};
 use crate::io::Io;
+
+/// A connection of these tests, which leak no future.
+#[derive(Clone)]
+struct Client(Arc<Connection>);
+
+impl Client {
+    async fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
+        // SAFETY: see above.
+        unsafe { self.0.read(offset, buf) }.await
+    }
+
+    async fn write(&self, offset: u64, data: &[u8], flags: u16) -> Result<(), Failure> {
+        // SAFETY: see above.
+        unsafe { self.0.write(offset, data, flags) }.await
+    }
+}
+
+impl Deref for Client {
+    type Target = Arc<Connection>;
+
+    fn deref(&self) -> &Arc<Connection> {
+        &self.0
+    }
+}
+
+fn connection(
+    headers: Headers,
+    script: impl FnOnce(Peer) + Send + 'static,
+) -> (Client, JoinHandle<()>) {
+    let (connection, peer) = peer::connection(headers, script);
+    (Client(connection), peer)
+}
 
 fn errno(result: Result<(), Failure>) -> i32 {
     std::io::Error::from(result.unwrap_err()).raw_os_error().unwrap()
@@ -444,7 +480,7 @@ fn when_the_driving_thread_ends_another_takes_over() {
             peer.data(seen.cookie, true, seen.offset, &vec![9; seen.length as usize]);
         }
     });
-    let run = |connection: Arc<Connection>, reads: usize| {
+    let run = |connection: Client, reads: usize| {
         drive(&connection, async |_| {
             for _ in 0..reads {
                 let mut buf = vec![0; 5000];
@@ -480,8 +516,8 @@ fn a_connection_that_is_given_up_takes_back_what_was_not_received() {
     let headers = Headers::Simple;
     let export = Export { size: 1 << 30, flags: 1, block_sizes, headers, base_allocation: None };
     let stream = Stream::plain(socket.clone());
-    let connection =
-        Connection::new("peer".into(), Opened { stream, socket, export }, Arc::default());
+    let opened = Opened { stream, socket, export };
+    let connection = Client(Connection::new("peer".into(), opened, Arc::default()));
     let executor = Rc::new(LocalExecutor::new());
     let io = Io::of_a_test(None, executor.clone());
     let reason = Rc::new(RefCell::new(None));
