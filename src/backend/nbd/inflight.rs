@@ -15,6 +15,10 @@
 //! `Request` must not be leaked (`mem::forget`) while `'a` ends: [`Request::begin`] is unsafe, and
 //! so are the functions of the connection that pass a buffer to it.
 //!
+//! # A request's life
+//! It is sent, the server replies, and the caller lets go of it: see [`state`]. When all three have
+//! happened its slot is free.
+//!
 //! # Bounds
 //! The table has [`MAX_IN_FLIGHT`] slots, made at the start; the connection's semaphore lets no
 //! more requests in. A cookie is the slot's index and a generation, so it is unique for 2³² uses of
@@ -32,10 +36,13 @@ use std::task::{Context, Poll, Waker};
 
 use smol::lock::SemaphoreGuard;
 
+use self::state::{State, Step};
 use super::abandoned::{Abandoned, AbandonedWrite};
 use super::connection::Connection;
 use super::coverage::Coverage;
 use super::wire::{self, Command, Violation};
+
+mod state;
 
 /// How many requests a connection has in flight at most: more than a FUSE queue has entries, and
 /// few enough for one `sendmsg` (`IOV_MAX` is 1024, and each takes two parts).
@@ -153,11 +160,24 @@ impl Cookie {
     }
 }
 
-/// Data of a WRITE that is not fully sent.
-enum Unsent {
-    Lent(Lent),
-    /// Its caller has gone.
-    Copy(Box<[u8]>),
+/// The caller's buffer, as long as it is needed.
+enum Buffer {
+    /// None was lent, or it is done with.
+    None,
+    /// Data of a WRITE that is not fully sent.
+    Send(Lent),
+    /// The same; its caller has gone.
+    SendCopy(Box<[u8]>),
+    /// Where the data of a READ goes.
+    Fill(Lent),
+}
+
+/// Why a request that has its reply, or will have none, has failed.
+enum Cause {
+    /// The connection was lost before the answer was complete.
+    Lost,
+    /// The first error.
+    Errno(i32),
 }
 
 /// One request in flight.
@@ -165,21 +185,11 @@ struct Entry {
     command: Command,
     offset: u64,
     length: u64,
-    /// The last byte has gone to the socket.
-    sent: bool,
-    /// Its reply is complete.
-    done: bool,
-    /// Its caller has its answer, or has gone.
-    let_go: bool,
-    unsent: Option<Unsent>,
-    /// Made by [`Lent::to_fill`], always.
-    destination: Option<Lent>,
+    state: State,
+    buffer: Buffer,
     coverage: Coverage,
     extents: Vec<Extent>,
-    /// The first error.
-    error: Option<i32>,
-    /// The connection was lost before the answer was complete.
-    lost: bool,
+    failure: Option<Cause>,
     /// How often the connection's age was taken since it is here.
     age: u32,
     waker: Option<Waker>,
@@ -189,7 +199,7 @@ struct Entry {
 
 impl Entry {
     fn fail(&mut self, errno: i32) {
-        self.error.get_or_insert(errno);
+        self.failure.get_or_insert(Cause::Errno(errno));
     }
 
     /// The server's answer is well framed and still wrong: this request fails, the connection goes
@@ -243,25 +253,21 @@ impl Table {
     /// The buffer in `ask` must stay borrowed, and unused by anyone else, until [`Table::let_go`].
     unsafe fn insert(&mut self, ask: Ask<'_>) -> Cookie {
         let index = self.free.pop().expect("the semaphore has as many permits as there are slots");
-        let (unsent, destination) = match ask.payload {
-            Payload::None => (None, None),
-            Payload::Send(data) => (Some(Unsent::Lent(Lent::to_send(data))), None),
-            Payload::Fill(buf) => (None, Some(Lent::to_fill(buf))),
+        let buffer = match ask.payload {
+            Payload::None => Buffer::None,
+            Payload::Send(data) => Buffer::Send(Lent::to_send(data)),
+            Payload::Fill(buf) => Buffer::Fill(Lent::to_fill(buf)),
         };
         let slot = &mut self.slots[index];
         slot.entry = Some(Entry {
             command: ask.command,
             offset: ask.offset,
             length: ask.length,
-            sent: false,
-            done: false,
-            let_go: false,
-            unsent,
-            destination,
+            state: State::Sending,
+            buffer,
             coverage: Coverage::default(),
             extents: Vec::new(),
-            error: None,
-            lost: false,
+            failure: None,
             age: 0,
             waker: None,
             abandoned: None,
@@ -278,15 +284,17 @@ impl Table {
 
     /// The request that a reply names.
     fn awaiting(&mut self, cookie: Cookie) -> Result<&mut Entry, Violation> {
-        self.entry(cookie).filter(|entry| !entry.done).ok_or_else(|| {
+        self.entry(cookie).filter(|entry| entry.state.awaits_reply()).ok_or_else(|| {
             format!("a reply names cookie {:#x}, which is not in flight", cookie.0).into()
         })
     }
 
-    /// Frees the slot once nothing needs it: sent, answered, and the answer taken.
-    fn settle(&mut self, cookie: Cookie) {
-        if self.entry(cookie).is_some_and(|entry| entry.sent && entry.done && entry.let_go) {
-            let slot = &mut self.slots[cookie.index()];
+    /// Takes the request's next step, and frees the slot after the last one.
+    fn step(&mut self, cookie: Cookie, step: Step) {
+        let slot = &mut self.slots[cookie.index()];
+        let entry = slot.entry.as_mut().expect("a slot is in use until the last step");
+        entry.state = entry.state.after(step);
+        if entry.state == State::Free {
             slot.entry = None;
             slot.generation = slot.generation.wrapping_add(1);
             self.free.push(cookie.index());
@@ -309,26 +317,23 @@ impl Table {
         self.direct_reads > 0
     }
 
-    fn unsent(&self, cookie: Cookie) -> Option<&Unsent> {
-        self.slots.get(cookie.index())?.entry.as_ref()?.unsent.as_ref()
-    }
-
     /// The data that follows the request's header on the wire.
     pub fn data_to_send(&self, cookie: Cookie) -> &[u8] {
-        match self.unsent(cookie) {
-            Some(Unsent::Lent(lent)) => lent.as_slice(),
-            Some(Unsent::Copy(copy)) => copy,
-            None => &[],
+        let slot = self.slots.get(cookie.index());
+        match slot.and_then(|slot| slot.entry.as_ref()).map(|entry| &entry.buffer) {
+            Some(Buffer::Send(lent)) => lent.as_slice(),
+            Some(Buffer::SendCopy(copy)) => copy,
+            Some(Buffer::Fill(_) | Buffer::None) | None => &[],
         }
     }
 
-    /// The request's last byte has gone to the socket.
+    /// The request's last byte has gone to the socket. (DISC has no place in the table.)
     pub fn sent(&mut self, cookie: Cookie) {
-        if let Some(entry) = self.entry(cookie) {
-            entry.sent = true;
-            entry.unsent = None;
+        let Some(entry) = self.entry(cookie) else { return };
+        if let Buffer::Send(_) | Buffer::SendCopy(_) = entry.buffer {
+            entry.buffer = Buffer::None;
         }
-        self.settle(cookie);
+        self.step(cookie, Step::Sent);
     }
 
     /// Whether `cookie` awaits data.
@@ -391,8 +396,8 @@ impl Table {
 
     /// The caller's buffer from `at` on; `None` if the caller has gone.
     pub fn destination(&mut self, cookie: Cookie, at: u64, length: u64) -> Option<&mut [u8]> {
-        let lent = self.entry(cookie)?.destination.as_mut()?;
-        // SAFETY: destinations are made by `to_fill`.
+        let Buffer::Fill(lent) = &mut self.entry(cookie)?.buffer else { return None };
+        // SAFETY: what is to be filled was made by `to_fill`.
         let buf = unsafe { lent.as_mut_slice() };
         buf.get_mut(at as usize..)?.get_mut(..length as usize)
     }
@@ -433,8 +438,8 @@ impl Table {
     /// The reply is complete: checks that it was, and wakes the caller.
     pub fn complete(&mut self, cookie: Cookie, wakers: &mut Vec<Waker>) -> Result<(), Violation> {
         let entry = self.awaiting(cookie)?;
-        if entry.error.is_none() {
-            if entry.unsent.is_some() {
+        if entry.failure.is_none() {
+            if let Buffer::Send(_) | Buffer::SendCopy(_) = entry.buffer {
                 entry.fault("comes before all of its data was sent");
             } else if entry.command == Command::Read && !entry.coverage.is_full(entry.length) {
                 entry.fault("leaves bytes out");
@@ -442,20 +447,18 @@ impl Table {
                 entry.fault("has no extents");
             }
         }
-        entry.done = true;
         wakers.extend(entry.waker.take());
-        self.answered += weight(entry.command, entry.length);
-        let entry = self.entry(cookie).expect("it is the one that was just completed");
-        let direct = is_direct(entry);
+        let (work, direct) = (weight(entry.command, entry.length), is_direct(entry));
+        self.answered += work;
         self.direct_reads -= usize::from(direct);
-        self.settle(cookie);
+        self.step(cookie, Step::Replied);
         Ok(())
     }
 
     /// Takes the age of what is in flight: how often that was done since the oldest came.
     pub fn take_age(&mut self) -> u32 {
         let entries = self.slots.iter_mut().filter_map(|slot| slot.entry.as_mut());
-        let ages = entries.filter(|entry| !entry.done).map(|entry| {
+        let ages = entries.filter(|entry| entry.state.awaits_reply()).map(|entry| {
             entry.age += 1;
             entry.age
         });
@@ -469,12 +472,16 @@ impl Table {
             let slot = &mut self.slots[index];
             let cookie = Cookie::new(index, slot.generation);
             let Some(entry) = &mut slot.entry else { continue };
+            let state = entry.state;
             // What was answered before the end keeps its answer.
-            if !entry.done {
-                (entry.lost, entry.done) = (true, true);
+            if state.awaits_reply() {
+                entry.failure = Some(Cause::Lost);
+                wakers.extend(entry.waker.take());
+                self.step(cookie, Step::Replied);
             }
-            wakers.extend(entry.waker.take());
-            self.sent(cookie);
+            if state.is_sending() {
+                self.sent(cookie);
+            }
         }
     }
 
@@ -484,17 +491,17 @@ impl Table {
         cookie: Cookie,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Vec<Extent>, Failure>> {
-        let entry = self.entry(cookie).expect("a slot lives until it is let go");
-        if !entry.done {
+        let entry = self.entry(cookie).expect("a slot is in use until it is let go");
+        if entry.state.awaits_reply() {
             match &mut entry.waker {
                 Some(waker) => waker.clone_from(cx.waker()),
                 None => entry.waker = Some(cx.waker().clone()),
             }
             return Poll::Pending;
         }
-        Poll::Ready(match entry.error {
-            _ if entry.lost => Err(Failure::Lost),
-            Some(errno) => Err(Failure::Error(io::Error::from_raw_os_error(errno))),
+        Poll::Ready(match entry.failure {
+            Some(Cause::Lost) => Err(Failure::Lost),
+            Some(Cause::Errno(errno)) => Err(Failure::Error(io::Error::from_raw_os_error(errno))),
             None => Ok(std::mem::take(&mut entry.extents)),
         })
     }
@@ -503,18 +510,17 @@ impl Table {
     fn let_go(&mut self, cookie: Cookie) {
         let abandoned = self.abandoned.clone();
         let entry = self.entry(cookie).expect("a request is let go once");
-        entry.let_go = true;
-        if !entry.done && matches!(entry.command, Command::Write | Command::WriteZeroes) {
+        if entry.state.awaits_reply() && matches!(entry.command, Command::Write | Command::WriteZeroes) {
             let range = entry.offset..entry.offset.saturating_add(entry.length);
             entry.abandoned = Some(abandoned.add(range));
         }
-        entry.destination = None;
         entry.waker = None;
-        // The server has had a part of it, or may already wait for it: the rest must follow.
-        if let Some(Unsent::Lent(lent)) = &entry.unsent {
-            entry.unsent = Some(Unsent::Copy(lent.as_slice().into()));
+        match &entry.buffer {
+            // The server has had a part of it, or may already wait for it: the rest must follow.
+            Buffer::Send(lent) => entry.buffer = Buffer::SendCopy(lent.as_slice().into()),
+            Buffer::SendCopy(_) | Buffer::Fill(_) | Buffer::None => entry.buffer = Buffer::None,
         }
-        self.settle(cookie);
+        self.step(cookie, Step::LetGo);
     }
 }
 
