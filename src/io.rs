@@ -25,8 +25,8 @@ use std::sync::Arc;
 use async_io::Async;
 use smol::{LocalExecutor, Task};
 
+use crate::pool;
 use crate::transport::ring::Ring;
-use crate::{pool, sys};
 
 /// A serving thread's I/O. Not `Send`: it stays on its thread.
 pub struct Io {
@@ -88,7 +88,8 @@ impl Io {
             let reaper = async move {
                 let mut count = [0; 8];
                 loop {
-                    let woken = completions.read_with(|fd| sys::read(fd, &mut count)).await;
+                    let woken =
+                        completions.read_with(|fd| Ok(rustix::io::read(fd, &mut count)?)).await;
                     if let Err(e) = woken.and_then(|_| reaped.enter(false)) {
                         return log::error!("a worker's ring: {e}");
                     }

@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn reads_back_what_was_written() {
-        let file = Arc::new(crate::sys::memfd("pool").unwrap());
+        let file = Arc::new(tempfile::tempfile().unwrap());
         smol::block_on(async {
             // SAFETY: it is awaited here, and so is the next one.
             let write = unsafe { write_at(&file, b"pool", 10) };

@@ -1,7 +1,7 @@
 //! A FUSE session: the INIT exchange, and the threads that serve afterwards.
 
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, IoSlice};
+use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
@@ -9,6 +9,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use polling::Poller;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use crate::backend::{Backend, WaitsFor};
 use crate::export::{Cache, Export};
@@ -63,10 +65,12 @@ const FIRST_COPIES: usize = 4;
 const FIRST_WAITING: usize = 64;
 
 /// How to serve.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// FUSE over io_uring.
     pub io_uring: When,
+    /// Whose queues it serves; or why they are not known.
+    pub cpus: Result<Cpus, String>,
     /// Requests in flight for each serving thread.
     pub queue_depth: Option<usize>,
     /// How far the kernel may read ahead, in bytes, as far as it lets itself be told.
@@ -139,7 +143,7 @@ impl Session {
         };
         let rings = match options.io_uring {
             When::Off => None,
-            when => match session.start_rings(&device, &offer, export, options, stats, ended) {
+            when => match session.start_rings(&device, &offer, export, &options, stats, ended) {
                 Ok(rings) => Some(rings),
                 Err(why) => {
                     give_up_rings(when, &why)?;
@@ -210,20 +214,20 @@ impl Session {
         device: &OwnedFd,
         offer: &InitIn,
         export: &Arc<Export<B>>,
-        options: Options,
+        options: &Options,
         stats: &Stats,
         ended: &Arc<Poller>,
     ) -> Result<Rings, String> {
         if flags(offer) & init::OVER_IO_URING == 0 {
             return Err(not_offered());
         }
-        let cpus = Cpus::here().map_err(|e| format!("the CPUs of this machine: {e}"))?;
+        let cpus = options.cpus.as_ref()?;
         let threads = cpus.usable.len();
         let waits_for = export.backend().capabilities().waits_for;
         let (depths, requests) = depths(options.queue_depth, waits_for, threads);
         let (report, progress) = mpsc::channel();
         let mut proceed = Vec::new();
-        let (queues, receivers) = Queues::new(&cpus, requests);
+        let (queues, receivers) = Queues::new(cpus, requests);
         for (number, (requests, &cpu)) in receivers.into_iter().zip(&cpus.usable).enumerate() {
             let (sender, receiver) = mpsc::channel();
             proceed.push(sender);
@@ -379,11 +383,6 @@ pub fn worker_count() -> usize {
     thread::available_parallelism().map_or(1, |n| n.get()).min(MOST_WORKERS)
 }
 
-/// How many completion threads there may be.
-pub fn ring_thread_count() -> usize {
-    Cpus::here().map_or(0, |cpus| cpus.usable.len())
-}
-
 /// How many entries each queue may have, and all together, with so many threads.
 fn depths(wished: Option<usize>, waits_for: WaitsFor, threads: usize) -> (Depths, usize) {
     let most = wished.unwrap_or(QUEUE_DEPTH);
@@ -416,17 +415,17 @@ fn read_init(device: &OwnedFd) -> io::Result<(InHeader, InitIn)> {
     let deadline = Instant::now() + INIT_TIMEOUT;
     let mut buf = vec![0; PAYLOAD_LEN + 4096];
     loop {
-        let len = match sys::read(device, &mut buf) {
+        let len = match rustix::io::read(device, &mut buf[..]) {
             Ok(len) => len,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+            Err(Errno::AGAIN) => {
                 let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() || !sys::wait_readable(device, left)? {
+                if left.is_zero() || !wait_readable(device, left)? {
                     return Err(io::Error::other("the kernel sent no FUSE_INIT"));
                 }
                 continue;
             }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(e) => return Err(e),
+            Err(Errno::INTR) => continue,
+            Err(e) => return Err(e.into()),
         };
         let header = InHeader::read(&buf[..len]);
         let offer = InitIn::read(&buf[size_of::<InHeader>().min(len)..len]);
@@ -448,6 +447,16 @@ fn read_init(device: &OwnedFd) -> io::Result<(InHeader, InitIn)> {
             )));
         }
         return Ok((header, offer));
+    }
+}
+
+/// Waits until `device` polls readable (or an error), for so long at most; whether it does.
+fn wait_readable(device: &OwnedFd, timeout: Duration) -> io::Result<bool> {
+    let timeout = Timespec::try_from(timeout).unwrap_or_default();
+    match poll(&mut [PollFd::new(device, PollFlags::IN)], Some(&timeout)) {
+        Ok(ready) => Ok(ready > 0),
+        Err(Errno::INTR) => Ok(true),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -481,10 +490,11 @@ fn init_reply(offer: &InitIn, in_flight: usize, wanted: u64, read_ahead: u64) ->
     }
 }
 
-fn send_reply(device: &impl AsFd, unique: u64, body: &[u8]) -> io::Result<()> {
+fn send_reply(device: &OwnedFd, unique: u64, body: &[u8]) -> io::Result<()> {
     let len = (size_of::<OutHeader>() + body.len()) as u32;
     let header = OutHeader { len, error: 0, unique };
-    sys::write_two(&device.as_fd(), header.as_bytes(), body).map(drop)
+    let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(body)];
+    Ok(rustix::io::writev(device, &parts).map(drop)?)
 }
 
 #[cfg(test)]

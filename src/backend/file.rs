@@ -10,13 +10,19 @@
 //! neighbours over a direct write: a [`RangeLock`] keeps them apart.
 
 use std::fs::{File, Metadata, OpenOptions};
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+
+use rustix::fs::{
+    AtFlags, FallocateFlags, MemfdFlags, SeekFrom, StatxFlags, fallocate, ioctl_blksszget,
+    memfd_create, seek, statx,
+};
+use rustix::io::{ReadWriteFlags, preadv2, pwritev2};
 
 use super::length::Length;
 use super::range_lock::RangeLock;
@@ -154,7 +160,7 @@ impl FileBackend {
     /// `size` bytes of sparse memory.
     pub fn memory(size: u64, read_only: bool) -> Result<Arc<FileBackend>, OpenError> {
         let make = || {
-            let file = sys::memfd("diskfuse")?;
+            let file = File::from(memfd_create("diskfuse", MemfdFlags::CLOEXEC)?);
             file.set_len(size)?;
             let backend = FileBackend::new(file, None, read_only)?;
             io::Result::Ok(FileBackend { is_memory: true, ..backend })
@@ -180,7 +186,7 @@ impl FileBackend {
         const TMPFS_MAGIC: i64 = 0x0102_1994;
         let metadata = file.metadata()?;
         let is_device = metadata.file_type().is_block_device();
-        let file_system = sys::file_system_magic(&file)?;
+        let file_system = rustix::fs::fstatfs(&file)?.f_type;
         let in_memory = !is_device && file_system == TMPFS_MAGIC;
         let size = size_of(&file, &metadata)?;
         let preferred = match &direct {
@@ -272,7 +278,8 @@ pub fn why_not_writable(opened: &io::Result<File>) -> Option<String> {
 /// In bytes, of a file or a block device.
 fn size_of(file: &File, metadata: &Metadata) -> io::Result<u64> {
     match metadata.file_type().is_block_device() {
-        true => sys::block_device_size(file),
+        // Nobody else uses the position.
+        true => Ok(seek(file, SeekFrom::End(0))?),
         false => Ok(metadata.len()),
     }
 }
@@ -292,13 +299,13 @@ impl Direct {
     fn open(file: &File, read_only: bool) -> Result<Direct, String> {
         let direct = open_again(file, read_only, libc::O_DIRECT)
             .map_err(|e| format!("no direct I/O here ({e}): leave out --direct"))?;
-        let (memory_align, offset_align) = match sys::direct_io_alignment(&direct) {
+        let (memory_align, offset_align) = match direct_io_alignment(&direct) {
             Some((0, _) | (_, 0)) => {
                 return Err("its file system has no direct I/O: leave out --direct".into());
             }
             Some((memory, offset)) => (memory, offset),
             // Before Linux 6.1: a device's block size, or what satisfies every file system.
-            None => match sys::logical_block_size(&direct) {
+            None => match ioctl_blksszget(&direct) {
                 Ok(size) => (size, size),
                 Err(_) => (4096, 4096),
             },
@@ -358,7 +365,7 @@ impl Backend for FileBackend {
     }
 
     fn sector_bytes(&self) -> Option<u32> {
-        self.is_device.then(|| sys::logical_block_size(&self.file).ok()).flatten()
+        self.is_device.then(|| ioctl_blksszget(&self.file).ok()).flatten()
     }
 
     fn stat(&self) -> io::Result<Stat> {
@@ -417,7 +424,7 @@ impl FileLane {
             let read = match self.backend.medium {
                 Medium::Memory => file.read_at(rest, at),
                 Medium::Cached if may_wait => self.io.read_at(file, rest, at).await,
-                Medium::Cached => sys::read_at_nowait(file, rest, at),
+                Medium::Cached => read_at_nowait(file, rest, at),
             };
             match read {
                 Ok(0) => break,
@@ -440,7 +447,7 @@ impl FileLane {
             let written = match self.backend.medium {
                 Medium::Memory => file.write_at(rest, at),
                 Medium::Cached if may_wait => self.io.write_at(file, rest, at).await,
-                Medium::Cached => sys::write_at_nowait(file, rest, at),
+                Medium::Cached => write_at_nowait(file, rest, at),
             };
             match written {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -502,18 +509,18 @@ impl FileLane {
     }
 
     /// `fallocate` on another thread: it may write.
-    async fn fallocate(&self, mode: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
+    async fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
         let file = self.backend.file.clone();
-        self.io.blocking(move || sys::fallocate(&file, mode, offset, len)).await
+        self.io.blocking(move || Ok(fallocate(&file, mode, offset, len)?)).await
     }
 
     /// tmpfs makes no zeroed ranges, but holes, which need no memory. A file of it has its space
     /// kept by reserving it again.
     async fn zero_memory(&self, offset: u64, len: u64, how: Zero) -> io::Result<()> {
-        let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         self.fallocate(punch, offset, len).await?;
         if how == Zero::Keep && !self.backend.is_memory {
-            self.fallocate(libc::FALLOC_FL_KEEP_SIZE, offset, len).await?;
+            self.fallocate(FallocateFlags::KEEP_SIZE, offset, len).await?;
         }
         Ok(())
     }
@@ -535,6 +542,26 @@ impl FileLane {
         }
         Ok(())
     }
+}
+
+/// Reads at `offset` only what needs no waiting; `EAGAIN` otherwise, `EOPNOTSUPP` where the file
+/// system cannot tell.
+fn read_at_nowait(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut parts = [IoSliceMut::new(buf)];
+    Ok(preadv2(file, &mut parts, offset, ReadWriteFlags::NOWAIT)?)
+}
+
+/// Writes at `offset` only what needs no waiting; errors as for [`read_at_nowait`].
+fn write_at_nowait(file: &File, data: &[u8], offset: u64) -> io::Result<usize> {
+    Ok(pwritev2(file, &[IoSlice::new(data)], offset, ReadWriteFlags::NOWAIT)?)
+}
+
+/// The alignment that direct I/O needs on this file, for memory and for offsets, in bytes (Linux
+/// 6.1); none where the kernel does not say, zeroes where direct I/O is not to be had.
+fn direct_io_alignment(file: &File) -> Option<(u32, u32)> {
+    let stat = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+    let told = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
+    told.then_some((stat.stx_dio_mem_align, stat.stx_dio_offset_align))
 }
 
 /// The file system would have to wait, or cannot tell.
@@ -587,13 +614,13 @@ impl Lane for FileLane {
             return self.zero_memory(offset, len, how).await;
         }
         let mode = match how {
-            Zero::Punch => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-            Zero::Keep => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+            Zero::Punch => FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            Zero::Keep => FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
         };
         let (mut start, mut end) = (offset, offset + len);
         if self.backend.is_device {
             // A device zeroes whole blocks only; the rest of the range is written.
-            let block = u64::from(sys::logical_block_size(&self.backend.file)?);
+            let block = u64::from(ioctl_blksszget(&self.backend.file)?);
             start = start.next_multiple_of(block);
             end = end / block * block;
             if start >= end {
@@ -617,7 +644,7 @@ impl Lane for FileLane {
             let grows = !keep_size && offset + len > self.backend.size();
             return if grows { self.resize(offset + len).await } else { Ok(()) };
         }
-        let mode = if keep_size { libc::FALLOC_FL_KEEP_SIZE } else { 0 };
+        let mode = if keep_size { FallocateFlags::KEEP_SIZE } else { FallocateFlags::empty() };
         self.fallocate(mode, offset, len).await?;
         if !keep_size {
             self.backend.length.grow_to(offset + len);
@@ -642,13 +669,13 @@ impl Lane for FileLane {
 
     async fn seek(&self, offset: u64, what: Seek) -> io::Result<u64> {
         let whence = match what {
-            Seek::Data => libc::SEEK_DATA,
-            Seek::Hole => libc::SEEK_HOLE,
+            Seek::Data => SeekFrom::Data(offset),
+            Seek::Hole => SeekFrom::Hole(offset),
         };
         // It waits for whoever changes the file's blocks, and for those that tell of them; in
         // memory it looks at every page.
         let file = self.backend.file.clone();
-        match self.io.blocking(move || sys::lseek(&file, offset, whence)).await {
+        match self.io.blocking(move || Ok(seek(&file, whence)?)).await {
             // Devices, and file systems that keep no account of holes: everything is data.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(match what {
                 Seek::Data => offset,

@@ -1,11 +1,13 @@
 //! What the kernel is told without having asked.
 
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, IoSlice};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 use super::abi::{self, NotifyInvalInodeOut, OutHeader, Plain};
-use crate::{pool, sys};
+use crate::pool;
 
 /// A way to the kernel's side of the connection.
 #[derive(Clone, Debug)]
@@ -35,11 +37,12 @@ impl Notifier {
             };
             let len = (size_of::<OutHeader>() + size_of::<NotifyInvalInodeOut>()) as u32;
             let header = OutHeader { len, error: abi::NOTIFY_INVAL_INODE, unique: 0 };
-            match sys::write_two(&device.as_fd(), header.as_bytes(), range.as_bytes()) {
+            let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(range.as_bytes())];
+            match rustix::io::writev(&device, &parts) {
                 Ok(_) => Ok(()),
                 // It has no such inode in use: nothing is cached.
-                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-                Err(e) => Err(e),
+                Err(Errno::NOENT) => Ok(()),
+                Err(e) => Err(e.into()),
             }
         })
         .await

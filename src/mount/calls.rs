@@ -1,11 +1,17 @@
 //! The two ways to mount: mount(2) for root, and `fusermount3` for everybody else.
 
 use std::ffi::CString;
-use std::io::{self, Read};
+use std::io::{self, IoSliceMut, Read};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
+
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::process::{getegid, geteuid};
 
 use super::place::Place;
 use super::{FS_TYPE, Options};
@@ -26,21 +32,21 @@ pub(super) fn mount_as_root(place: &Place, options: &Options) -> Result<OwnedFd,
         };
         Refused { errno: None, text: format!("/dev/fuse cannot be opened: {e} ({cure})") }
     })?;
-    let (uid, gid) = sys::effective_ids();
+    let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
     let data = format!(
         "fd={},rootmode={:o},user_id={uid},group_id={gid},default_permissions{}",
         device.as_raw_fd(),
         libc::S_IFREG,
         if options.allow_other { ",allow_other" } else { "" },
     );
-    let mut flags = libc::MS_NOSUID | libc::MS_NODEV;
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
     if options.read_only {
-        flags |= libc::MS_RDONLY;
+        flags |= MountFlags::RDONLY;
     }
     let c = |text: &str| CString::new(text.replace('\0', "?")).expect("it has no zero byte");
     let mounted = place.file().and_then(|target| {
-        let target = PathBuf::from(format!("/proc/self/fd/{}", target.as_raw_fd()));
-        sys::mount(&c(&options.source), &target, &c(FS_TYPE), flags, &c(&data))
+        let target = format!("/proc/self/fd/{}", target.as_raw_fd());
+        Ok(mount(c(&options.source), target, FS_TYPE, flags, Some(&*c(&data)))?)
     });
     mounted.map_err(|e| Refused {
         errno: e.raw_os_error(),
@@ -80,7 +86,7 @@ pub(super) fn mount_by_helper(path: &Path, options: &Options) -> Result<OwnedFd,
         _ => format!("fusermount3: {e}"),
     })?;
     drop(theirs);
-    let device = sys::receive_fd(&ours).map_err(|e| format!("fusermount3: {e}"))?;
+    let device = receive_fd(&ours).map_err(|e| format!("fusermount3: {e}"))?;
     let mut said = String::new();
     if let Some(mut stderr) = child.stderr.take() {
         // What it says is a help, not a need.
@@ -97,6 +103,23 @@ pub(super) fn mount_by_helper(path: &Path, options: &Options) -> Result<OwnedFd,
             said => said.to_owned(),
         }),
     }
+}
+
+/// Receives one byte with a descriptor attached (`SCM_RIGHTS`), as fusermount3 sends it. None when
+/// the other side closed without sending one.
+fn receive_fd(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let (mut byte, flags) = ([0], RecvFlags::CMSG_CLOEXEC);
+    while let Err(e) = recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut control, flags) {
+        if e != Errno::INTR {
+            return Err(e.into());
+        }
+    }
+    Ok(control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    }))
 }
 
 pub(super) fn helper_unmount(path: &Path, lazy: bool) -> Result<(), String> {

@@ -19,9 +19,10 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags};
+use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags};
 use rustix::thread::LinkNameSpaceType;
 
 use crate::mount::errands::{Errand, Running};
@@ -115,7 +116,7 @@ impl Mount {
                 Err(e) => Err(io::Error::other(e)),
             };
         }
-        match sys::umount(&self.mountpoint.place.path_by_folder(), 0) {
+        match umount(&self.mountpoint.place.path_by_folder(), UnmountFlags::empty()) {
             Ok(()) => Ok(Unmounted::Gone),
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(Unmounted::Busy),
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(Unmounted::Gone),
@@ -129,7 +130,8 @@ impl Mount {
     pub fn force_unmount(&self) -> io::Result<()> {
         // Before the end of the connection, by which the mount would be known no longer.
         let uncovered = self.uncover(true);
-        let aborted = self.abort.as_ref().is_some_and(|abort| sys::write(abort, b"1").is_ok());
+        let aborted =
+            self.abort.as_ref().is_some_and(|abort| rustix::io::write(abort, b"1").is_ok());
         if let Some(above) = uncovered? {
             return Err(io::Error::other(format!("{above} is mounted on top of it")));
         }
@@ -142,10 +144,10 @@ impl Mount {
         }
         let path = place.path_by_folder();
         // MNT_FORCE ends a FUSE connection, used or not, and then says EBUSY.
-        if !aborted && sys::umount(&path, libc::MNT_FORCE).is_ok() {
+        if !aborted && umount(&path, UnmountFlags::FORCE).is_ok() {
             return Ok(());
         }
-        match sys::umount(&path, libc::MNT_DETACH) {
+        match umount(&path, UnmountFlags::DETACH) {
             // It went by itself.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             unmounted => unmounted,
@@ -159,8 +161,8 @@ impl Mount {
         for _ in 0..MOST_ABOVE {
             let Some(top) = self.above().pop() else { return Ok(None) };
             let name = format!("{} ({})", top.source, top.fs_type);
-            let flags = if by_force { libc::MNT_DETACH } else { 0 };
-            let unmounted = match sys::umount(&place.path_by_folder(), flags) {
+            let flags = if by_force { UnmountFlags::DETACH } else { UnmountFlags::empty() };
+            let unmounted = match umount(&place.path_by_folder(), flags) {
                 Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
                     helper_unmount(&place.path_now(), by_force).map_err(|_| e)
                 }
@@ -190,7 +192,7 @@ impl Mount {
         let (Some(then), Ok(now)) = (&self.seen, place.seen()) else { return Vec::new() };
         // The device's number is ours as long as the connection lives; then another file system may
         // get it.
-        let lives = self.device.as_ref().is_some_and(|device| !sys::connection_ended(device));
+        let lives = self.device.as_ref().is_some_and(|device| !connection_ended(device));
         if !lives || now.mount == then.mount {
             return Vec::new();
         }
@@ -227,7 +229,7 @@ impl Mount {
 
     /// For kernels without unique numbers: a later mount is served by somebody else, who answers.
     fn is_dead_or_served_here(&self) -> bool {
-        let serves = self.device.as_ref().is_some_and(|device| !sys::connection_ended(device));
+        let serves = self.device.as_ref().is_some_and(|device| !connection_ended(device));
         serves || fs::metadata(self.mountpoint.place.path_by_folder()).is_err_and(|e| is_dead(&e))
     }
 }
@@ -314,7 +316,7 @@ fn clear_dead_mount(path: &Path) {
     let mounted = mountinfo_entry(place.path()).ok().flatten();
     if mounted.is_some_and(|entry| entry.fs_type == FS_TYPE) {
         log::warn!("{}: unmounting what a killed diskfuse left there", path.display());
-        if sys::umount(&place.path_by_folder(), libc::MNT_DETACH).is_err() {
+        if umount(&place.path_by_folder(), UnmountFlags::DETACH).is_err() {
             // An ordinary user's mounts are the helper's to end; the check that follows reports a
             // failure.
             let _ = helper_unmount(place.path(), true);
@@ -326,10 +328,22 @@ fn clear_dead_mount(path: &Path) {
 /// it. Nothing there is touched before.
 pub fn take_away(path: &Path) -> io::Result<()> {
     match mountinfo_entry(path)? {
-        Some(entry) if entry.fs_type == FS_TYPE => sys::umount(path, libc::MNT_DETACH)
+        Some(entry) if entry.fs_type == FS_TYPE => umount(path, UnmountFlags::DETACH)
             .or_else(|_| helper_unmount(path, true).map_err(io::Error::other)),
         _ => Ok(()),
     }
+}
+
+/// `umount2(2)`; symbolic links are not followed.
+fn umount(target: &Path, flags: UnmountFlags) -> io::Result<()> {
+    Ok(mount::unmount(target, flags | UnmountFlags::NOFOLLOW)?)
+}
+
+/// Whether the FUSE connection behind `device` has ended: /dev/fuse polls `POLLERR` then.
+fn connection_ended(device: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(device, PollFlags::empty())];
+    poll(&mut polled, Some(&Timespec::default())).is_ok()
+        && polled[0].revents().contains(PollFlags::ERR)
 }
 
 fn is_mounted(path: &Path) -> bool {

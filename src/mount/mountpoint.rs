@@ -6,7 +6,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::process::geteuid;
 
 use super::calls::{mount_as_root, mount_by_helper};
 use super::place::{Place, Seen};
@@ -95,7 +96,7 @@ impl Mountpoint {
             mountpoint.created = created_by_others(&mountpoint.place);
         }
         // fusermount3 would refuse it with a message of its own; this one says what to do.
-        if sys::effective_ids().0 != 0 && OpenOptions::new().write(true).open(path).is_err() {
+        if !geteuid().is_root() && OpenOptions::new().write(true).open(path).is_err() {
             return Err(fail(
                 "not writable: an ordinary user may mount only on a file that is his to write (chmod u+w)",
             ));
@@ -129,8 +130,7 @@ impl Mountpoint {
     }
 
     pub(super) fn try_mount(&self, options: &Options) -> Result<(OwnedFd, bool), String> {
-        let is_root = sys::effective_ids().0 == 0;
-        let by_root = is_root.then(|| mount_as_root(&self.place, options)).transpose();
+        let by_root = geteuid().is_root().then(|| mount_as_root(&self.place, options)).transpose();
         let path = self.path();
         let (device, by_helper) = match by_root {
             Ok(Some(device)) => (device, false),
@@ -143,7 +143,9 @@ impl Mountpoint {
             }
             Err(e) => return Err(e.text),
         };
-        sys::set_nonblocking(&device).map_err(|e| format!("/dev/fuse: {e}"))?;
+        let nonblocking =
+            fcntl_getfl(&device).and_then(|flags| fcntl_setfl(&device, flags | OFlags::NONBLOCK));
+        nonblocking.map_err(|e| format!("/dev/fuse: {}", io::Error::from(e)))?;
         Ok((device, by_helper))
     }
 }

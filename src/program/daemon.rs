@@ -9,7 +9,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use rustix::fs::OFlags;
-use rustix::process::Signal;
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitOptions, waitpid};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use crate::mount::place::Place;
 use crate::program::logging;
@@ -60,8 +62,23 @@ pub unsafe fn split<'a>(paths: impl IntoIterator<Item = &'a Path>) -> io::Result
     let mut byte = [0];
     Ok(Process::Foreground(match ready.read(&mut byte)? {
         1 => 0,
-        _ => sys::wait_for(child)?,
+        _ => status_of(child)?,
     }))
+}
+
+/// Waits for a child to end, and gives its exit status as a shell has it: 128 and the signal that
+/// killed it.
+fn status_of(child: Pid) -> io::Result<u8> {
+    loop {
+        let ended = match waitpid(Some(child), WaitOptions::empty()) {
+            Err(Errno::INTR) => continue,
+            ended => ended?,
+        };
+        if let Some((_, status)) = ended {
+            let signal = status.terminating_signal().unwrap_or_default();
+            return Ok(status.exit_status().unwrap_or(128 + signal) as u8);
+        }
+    }
 }
 
 /// The descriptor that a path such as /dev/fd/9 names, or leads through.
@@ -74,10 +91,13 @@ fn descriptor_in(path: &Path) -> Option<RawFd> {
 impl Background {
     /// Leaves the terminal and lets the foreground process end. From here on messages go to syslog.
     pub fn ready(mut self) -> io::Result<()> {
-        sys::new_session()?;
+        rustix::process::setsid()?;
         // Not to keep anybody's file system busy.
         std::env::set_current_dir("/")?;
-        sys::standard_streams_to_null()?;
+        let null = File::options().read(true).write(true).open("/dev/null")?;
+        dup2_stdin(&null)?;
+        dup2_stdout(&null)?;
+        dup2_stderr(&null)?;
         logging::to_syslog();
         // The end of the foreground process is what is wanted from here on.
         rustix::process::set_parent_process_death_signal(None)?;

@@ -26,7 +26,7 @@ use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::backend::nbd::uri::Address;
 use crate::backend::nbd::{self, Uri};
@@ -162,7 +162,7 @@ impl Server {
         let began = Instant::now();
         let mut killed = false;
         let mut reported = false;
-        self.signal(libc::SIGTERM);
+        self.signal(Signal::TERM);
         while self.ended().is_none() {
             if began.elapsed() >= LONG_END && !std::mem::replace(&mut reported, true) {
                 log::warn!("{}: waiting for the server to end", self.name);
@@ -170,7 +170,7 @@ impl Server {
             if !killed && (hurry(LOOK) || began.elapsed() >= ENDS) {
                 log::warn!("{}: the server does not end: killed", self.name);
                 killed = true;
-                self.signal(libc::SIGKILL);
+                self.signal(Signal::KILL);
             } else if killed {
                 std::thread::sleep(LOOK);
                 // What the kernel itself does not let go is no reason to stay.
@@ -189,9 +189,9 @@ impl Server {
         self.told = true;
     }
 
-    fn signal(&mut self, signal: i32) {
+    fn signal(&mut self, signal: Signal) {
         if self.ended().is_none()
-            && let Err(e) = sys::kill(self.child.id(), signal)
+            && let Err(e) = kill_process(Pid::from_child(&self.child), signal)
         {
             log::warn!("{}: the server cannot be signalled: {e}", self.name);
         }
@@ -287,7 +287,7 @@ fn become_server(
 ) -> io::Error {
     let prepare = || {
         // A terminal's Ctrl-C is for us: the server is needed until everything is flushed.
-        sys::new_session()?;
+        rustix::process::setsid()?;
         rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
         let is_orphan = parent_id().to_string() != parent.to_string_lossy();
         if is_orphan {

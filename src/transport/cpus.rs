@@ -3,7 +3,7 @@
 
 use std::io;
 
-use crate::sys::CpuSet;
+use rustix::thread::{CpuSet, sched_getaffinity};
 
 const FOLDER: &str = "/sys/devices/system/cpu";
 
@@ -28,9 +28,9 @@ impl Cpus {
         let possible = parse_list(text.trim());
         let possible = possible.ok_or_else(|| io::Error::other(format!("not a list: {text}")))?;
         // The kernel leaves those out that are offline.
-        let allowed = CpuSet::current()?;
-        let usable: Vec<_> =
-            possible.iter().copied().filter(|&cpu| allowed.contains(cpu)).collect();
+        let allowed = sched_getaffinity(None)?;
+        let is_allowed = |cpu: usize| cpu < CpuSet::MAX_CPU && allowed.is_set(cpu);
+        let usable: Vec<_> = possible.iter().copied().filter(|&cpu| is_allowed(cpu)).collect();
         let cache = usable.iter().map(|cpu| {
             // Unified caches come last, in the order of their levels.
             let caches =

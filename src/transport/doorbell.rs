@@ -20,8 +20,9 @@ use loom::sync::atomic::{AtomicBool, Ordering::*, fence};
 #[cfg(not(diskfuse_loom))]
 use std::sync::atomic::{AtomicBool, Ordering::*, fence};
 
+use rustix::event::{EventfdFlags, eventfd};
+
 use super::ring::Ring;
-use crate::sys;
 
 /// The protocol between the sleeper and the ringers.
 #[derive(Debug)]
@@ -79,7 +80,8 @@ pub struct Doorbell {
 impl Doorbell {
     /// One that has been rung: there is something to look at first.
     pub fn new() -> io::Result<Arc<Doorbell>> {
-        Ok(Arc::new(Doorbell { flags: Flags::new(true), event: sys::eventfd()? }))
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Arc::new(Doorbell { flags: Flags::new(true), event }))
     }
 
     /// Whether it was rung since the last call.
@@ -111,7 +113,7 @@ impl Doorbell {
                 return;
             }
             // EAGAIN: a wake-up was counted that another poll has answered.
-            let _ = sys::read(&self.event, &mut count);
+            let _ = rustix::io::read(&self.event, &mut count);
         }
     }
 }
@@ -124,7 +126,7 @@ impl Wake for Doorbell {
     fn wake_by_ref(self: &Arc<Self>) {
         if self.flags.ring() {
             // It fails only when the counter is full, which wakes as well.
-            let _ = sys::write(&self.event, &1_u64.to_ne_bytes());
+            let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
         }
     }
 }

@@ -23,6 +23,7 @@ use std::task::{Poll, Waker};
 use std::time::Instant;
 
 use async_io::{Async, Timer};
+use rustix::io::Errno as RawErrno;
 use smol::lock::Mutex;
 use smol::{LocalExecutor, future};
 
@@ -35,7 +36,6 @@ use crate::export::Export;
 use crate::fuse::abi::{InHeader, OutHeader, Plain, ReadWriteIn, XattrIn, opcode};
 use crate::session::ConnectionEnd;
 use crate::stats::ThreadStats;
-use crate::sys;
 use crate::transport::interrupts::Interrupts;
 
 /// A WRITE's header and arguments end where the payload begins, so that its data is page-aligned.
@@ -223,7 +223,7 @@ impl Channel {
 
     fn read(self: &Rc<Self>, mut memory: Memory) -> Result<Slot, Stop> {
         loop {
-            match sys::read(&self.device, &mut memory.bytes_mut()[READ_AT..]) {
+            match rustix::io::read(&self.device, &mut memory.bytes_mut()[READ_AT..]) {
                 Ok(len) if len >= size_of::<InHeader>() => {
                     memory.has_arrived(Instant::now());
                     let header: InHeader = memory.head_struct(READ_AT);
@@ -240,19 +240,17 @@ impl Channel {
                     let text = format!("/dev/fuse gave a request of {len} bytes");
                     return Err(Stop::Failed(io::Error::other(text)));
                 }
-                Err(e) => match e.raw_os_error() {
-                    // ENOENT: the request was taken back while it was being read.
-                    Some(libc::EINTR | libc::ENOENT) => {}
-                    reason => {
-                        self.free.borrow_mut().push(memory);
-                        return Err(match reason {
-                            Some(libc::EAGAIN) => Stop::Empty,
-                            // Unmounted, or aborted (ECONNABORTED, with FUSE_ABORT_ERROR).
-                            Some(libc::ENODEV | libc::ECONNABORTED) => Stop::Ended,
-                            _ => Stop::Failed(e),
-                        });
-                    }
-                },
+                // NOENT: the request was taken back while it was being read.
+                Err(RawErrno::INTR | RawErrno::NOENT) => {}
+                Err(reason) => {
+                    self.free.borrow_mut().push(memory);
+                    return Err(match reason {
+                        RawErrno::AGAIN => Stop::Empty,
+                        // Unmounted, or aborted (with FUSE_ABORT_ERROR).
+                        RawErrno::NODEV | RawErrno::CONNABORTED => Stop::Ended,
+                        e => Stop::Failed(e.into()),
+                    });
+                }
             }
         }
     }
@@ -297,10 +295,11 @@ impl Home for Channel {
         let len = size_of::<OutHeader>() + payload;
         let header = OutHeader { len: len as u32, error, unique };
         memory.put_head_struct(REPLY_AT, &header);
-        if let Err(e) = sys::write(&self.device, &memory.bytes()[REPLY_AT..REPLY_AT + len]) {
-            match e.raw_os_error() {
+        let answer = &memory.bytes()[REPLY_AT..REPLY_AT + len];
+        if let Err(e) = rustix::io::write(&self.device, answer) {
+            match e {
                 // The client was interrupted, or the connection has ended: nobody waits for it.
-                Some(libc::ENOENT | libc::ENODEV | libc::EPERM | libc::ECONNABORTED) => {}
+                RawErrno::NOENT | RawErrno::NODEV | RawErrno::PERM | RawErrno::CONNABORTED => {}
                 _ => {
                     log::error!("an answer of {payload} bytes was refused: {e}");
                     let sorry = OutHeader {
@@ -308,7 +307,7 @@ impl Home for Channel {
                         error: Errno::EIO.wire(),
                         unique,
                     };
-                    if let Err(e) = sys::write(&self.device, sorry.as_bytes()) {
+                    if let Err(e) = rustix::io::write(&self.device, sorry.as_bytes()) {
                         log::error!("and EIO instead of it: {e}");
                     }
                 }

@@ -24,10 +24,10 @@ use std::time::Duration;
 
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue::Entry128};
+use rustix::event::{EventfdFlags, eventfd};
 use slab::Slab;
 
 use crate::fuse::abi::{self, UringCmdReq};
-use crate::sys;
 
 /// The bits of `user_data` that tell what completed; the rest is an index.
 const FUSE_ENTRY: u64 = 1 << 63;
@@ -88,7 +88,7 @@ impl Ring {
     /// [`enter`](Ring::enter). (The ring's own descriptor does not do: under `DEFER_TASKRUN` it
     /// polls readable only for what was completed, and nothing completes before the enter.)
     pub fn completion_event(&self) -> io::Result<OwnedFd> {
-        let event = sys::eventfd()?;
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         self.uring.borrow().submitter().register_eventfd(event.as_raw_fd())?;
         Ok(event)
     }
@@ -386,6 +386,8 @@ fn set_len(mut entry: Entry128, len: u32) -> Entry128 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{MemfdFlags, memfd_create};
+    use std::fs::File;
     use std::io::Write;
     use std::pin::pin;
     use std::task::Waker;
@@ -417,7 +419,7 @@ mod tests {
     #[test]
     fn read_and_write_complete() {
         let Some(ring) = ring() else { return };
-        let file = crate::sys::memfd("ring-test").unwrap();
+        let file = File::from(memfd_create("ring-test", MemfdFlags::CLOEXEC).unwrap());
         // SAFETY: it is polled to its end here, and so is the next one.
         let write = unsafe { ring.write_at(&file, b"hello", 100) };
         assert_eq!(drive(&ring, write).unwrap(), 5);
@@ -434,7 +436,7 @@ mod tests {
     #[test]
     fn more_operations_than_entries_all_complete() {
         let Some(ring) = ring() else { return };
-        let file = crate::sys::memfd("ring-test").unwrap();
+        let file = File::from(memfd_create("ring-test", MemfdFlags::CLOEXEC).unwrap());
         (&file).write_all(&[7; 4096]).unwrap();
         let mut bufs = vec![[0u8; 16]; 40];
         // SAFETY: all are polled to their ends below.

@@ -43,7 +43,6 @@ use super::requests::Requests;
 use super::stream::{Stream, SystemCalls};
 use super::wire::{Command, Headers, RequestHeader};
 use crate::io::{Io, Watched};
-use crate::sys;
 
 /// After so many receives in a row the other tasks of the thread have a turn.
 const RECEIVES_IN_A_ROW: usize = 16;
@@ -200,12 +199,7 @@ impl Connection {
     ///
     /// # Safety
     /// As for [`Connection::read`]: the driver reads `data` until then.
-    pub async unsafe fn write(
-        &self,
-        offset: u64,
-        data: &[u8],
-        flags: u16,
-    ) -> Result<(), Failure> {
+    pub async unsafe fn write(&self, offset: u64, data: &[u8], flags: u16) -> Result<(), Failure> {
         let length = data.len() as u64;
         let payload = Payload::Send(data);
         let ask = Ask { command: Command::Write, flags, offset, length, payload };
@@ -389,7 +383,8 @@ impl Connection {
     fn lose(&self, reason: &io::Error) -> Option<String> {
         // First of all: what is asked for again must not be carried out by a server that still gets
         // it from here.
-        if let Err(e) = sys::reset_connection(&*self.socket) {
+        // By a reset: what was not sent yet stays unsent, however many descriptors there are.
+        if let Err(e) = rustix::net::connect_unspec(&*self.socket) {
             log::debug!("{}: not reset: {e}", self.name);
             let _ = self.socket.shutdown(std::net::Shutdown::Both);
         }

@@ -13,6 +13,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use polling::{Event, Events, Poller};
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::stop::{RETRY, Stop};
 use crate::backend::Backend;
@@ -428,7 +429,8 @@ impl Control {
             // The command's end is ours; it may have something to tidy up. It has had the
             // terminal's Ctrl-C itself.
             if !signal.is_of_terminal()
-                && let Err(e) = sys::kill(command.id(), signal.number)
+                && let Some(number) = Signal::from_named_raw(signal.number)
+                && let Err(e) = kill_process(Pid::from_child(command), number)
             {
                 log::warn!("the command cannot be signalled: {e}");
             }

@@ -7,9 +7,15 @@
 mod control;
 mod stop;
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use rustix::process::{
+    Resource, Rlimit, configure_io_flusher_behavior, getegid, geteuid, getrlimit, is_io_flusher,
+    setrlimit,
+};
 
 use crate::backend::Backend;
 use crate::backend::file::{self, FileBackend};
@@ -27,6 +33,7 @@ use crate::program::{hints, logging, privileges};
 use crate::session::{self, Session};
 use crate::stats::{Stats, Transport};
 use crate::sys;
+use crate::transport::cpus::Cpus;
 
 use super::failure::{Failure, local_failure, path_failure, remote_failure, stopped_while_opened};
 use control::{Control, Ended};
@@ -35,7 +42,7 @@ use control::{Control, Ended};
 pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failure> {
     logging::set_name(&config.words);
     // Before any thread is started, as what follows: they inherit it.
-    let io_flusher = sys::become_io_flusher();
+    let io_flusher = become_io_flusher();
     // It is a program like any other, with what this one was started with.
     let server = match &config.source {
         Source::Server(command) => {
@@ -121,23 +128,48 @@ fn place(config: &Config) -> Result<(PathBuf, Option<OwnFolder>), Failure> {
 /// Requests lie in memory at 4 KiB and multiples of it, and a request's longest payload is counted
 /// in pages.
 fn check_page_size() -> Result<(), Failure> {
-    match sys::page_size() {
-        Ok(4096) => Ok(()),
-        Ok(size) => Err(Failure::Mount(format!(
+    match rustix::param::page_size() {
+        4096 => Ok(()),
+        size => Err(Failure::Mount(format!(
             "pages of {size} bytes: a kernel with pages of 4096 is needed"
         ))),
-        Err(e) => Err(Failure::Mount(format!("the size of a page: {e}"))),
     }
 }
 
+/// Sees to it that `wanted` files can be open at once, as far as the hard limit (`RLIMIT_NOFILE`)
+/// allows. How many can be.
+fn raise_open_files(wanted: u64) -> io::Result<u64> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    // None: no limit.
+    let needed = wanted.min(maximum.unwrap_or(u64::MAX));
+    match current {
+        Some(current) if current < needed => {
+            setrlimit(Resource::Nofile, Rlimit { current: Some(needed), maximum })?;
+            Ok(needed)
+        }
+        current => Ok(current.unwrap_or(u64::MAX)),
+    }
+}
+
+/// Tells the kernel that this thread, and all that it starts from now on, write out pages of other
+/// programs: while they allocate memory, or make pages dirty themselves, they are not to wait for
+/// those pages, which would wait for them (`PR_SET_IO_FLUSHER`). Whether that is new: it is
+/// inherited, also by a program that is executed. `EPERM` without CAP_SYS_RESOURCE, `EINVAL` before
+/// Linux 5.6.
+fn become_io_flusher() -> io::Result<bool> {
+    let was_one = is_io_flusher()?;
+    configure_io_flusher_behavior(true)?;
+    Ok(!was_one)
+}
+
 /// Threads that serve need descriptors, and without them would fail one after the other behind a
-/// mount. Says whether there are enough for rings.
-fn allow_open_files(config: &Config) -> Result<When, Failure> {
+/// mount. Says whether there are enough for so many threads with rings.
+fn allow_open_files(config: &Config, ring_threads: usize) -> Result<When, Failure> {
     const IN_ALL: u64 = 32;
     const FOR_EACH_THREAD: u64 = 8;
     let limit = |threads: usize| {
         let wanted = IN_ALL + FOR_EACH_THREAD * threads as u64;
-        match sys::allow_open_files(wanted) {
+        match raise_open_files(wanted) {
             Ok(allowed) if allowed < wanted => {
                 Err(format!("{allowed} open files are not enough: {wanted} may be needed"))
             }
@@ -150,7 +182,7 @@ fn allow_open_files(config: &Config) -> Result<When, Failure> {
     if config.io_uring == When::Off {
         return Ok(When::Off);
     }
-    match (limit(workers + session::ring_thread_count()), config.io_uring) {
+    match (limit(workers + ring_threads), config.io_uring) {
         (Ok(()), when) => Ok(when),
         (Err(why), When::Auto) => {
             log::warn!("serving by /dev/fuse, no FUSE over io_uring: {why} (a larger ulimit -n)");
@@ -191,7 +223,9 @@ fn serve<B: Backend>(
     background: Option<Background>,
 ) -> Result<u8, Failure> {
     check_page_size()?;
-    let io_uring = allow_open_files(config)?;
+    let cpus = Cpus::here().map_err(|e| format!("the CPUs of this machine: {e}"));
+    let ring_threads = cpus.as_ref().map_or(0, |cpus| cpus.usable.len());
+    let io_uring = allow_open_files(config, ring_threads)?;
     let (path, folder) = place(config)?;
     let prepare = |path: PathBuf| move || Mountpoint::prepare(&path);
     let mountpoint = control
@@ -210,7 +244,7 @@ fn serve<B: Backend>(
     };
     let read_only = config.read_only || backend.capabilities().read_only;
     let (mount, device, allow_other) = mount(config, mountpoint, &path, read_only)?;
-    let (uid, gid) = sys::effective_ids();
+    let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
     let policy = Policy {
         writable: !read_only,
         growable: config.growable,
@@ -231,6 +265,7 @@ fn serve<B: Backend>(
     control.report = Box::new(move || reporting.report().unwrap_or_default());
     let options = session::Options {
         io_uring,
+        cpus,
         queue_depth: config.queue_depth,
         read_ahead: config.read_ahead,
     };

@@ -9,6 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 /// A directory of its own, removed at the end.
 pub struct Directory(pub PathBuf);
 
@@ -93,7 +95,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         // nbdkit clears away what it keeps in /tmp, if it is asked to end.
-        let _ = crate::sys::kill(self.child.id(), libc::SIGTERM);
+        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
         for _ in 0..200 {
             if !matches!(self.child.try_wait(), Ok(None)) {
                 break;
