@@ -73,6 +73,7 @@
 //! | `backend::nbd::stream_copy` | vectors of bytes, aligned where they are written |
 //! | [`pool`] | a buffer on loan stays borrowed until the work has ended |
 //! | [`program::daemon`], main.rs | the process is split before it has a second thread |
+//! | [`program::server`] | what becomes a server owns nothing but the standard streams |
 
 pub mod backend;
 pub mod errno;

@@ -290,10 +290,12 @@ pub unsafe fn close_inherited(kept: &[RawFd]) -> io::Result<()> {
     Ok(())
 }
 
-/// Has `fd` be open as `number` too, also in a program that is executed. Nothing of this process
-/// may own that number.
-pub fn duplicate_to(fd: &impl AsRawFd, number: RawFd) -> io::Result<()> {
-    // SAFETY: no pointers; nothing owns what is closed.
+/// Has `fd` be open as `number` too, also in a program that is executed.
+///
+/// # Safety
+/// Nothing in this process owns `number`.
+pub unsafe fn duplicate_to(fd: &impl AsRawFd, number: RawFd) -> io::Result<()> {
+    // SAFETY: no pointers; nothing owns what is closed, as the caller promises.
     check(unsafe { libc::dup2(fd.as_raw_fd(), number) }).map(drop)
 }
 

@@ -280,6 +280,7 @@ pub fn become_if_called() -> Option<ExitCode> {
     Some(ExitCode::from(NOT_STARTED))
 }
 
+#[allow(unsafe_code)]
 fn become_server(
     parent: &OsString,
     program: &OsString,
@@ -293,7 +294,8 @@ fn become_server(
         if is_orphan {
             return Err(io::Error::other("who has started it has ended"));
         }
-        sys::duplicate_to(&io::stdin(), FIRST_FD)
+        // SAFETY: this process was started for this, and owns nothing but the standard streams.
+        unsafe { sys::duplicate_to(&io::stdin(), FIRST_FD) }
     };
     if let Err(e) = prepare() {
         return e;
