@@ -16,12 +16,12 @@ use crate::backend::{Backend, WaitsFor};
 use crate::export::{Cache, Export};
 use crate::fuse::abi::{self, InHeader, InitIn, InitOut, OutHeader, Plain, init, opcode};
 use crate::fuse::notify::Notifier;
-use crate::program::cli::When;
+use crate::program::cli::Switch;
 use crate::stats::{Serving, Stats, Transport};
 use crate::sys;
 use crate::transport::cpus::Cpus;
 use crate::transport::interrupts::Interrupts;
-use crate::transport::legacy::{Baton, Worker};
+use crate::transport::legacy::{ReaderToken, Worker};
 use crate::transport::queues::Queues;
 use crate::transport::slot::PAYLOAD_LEN;
 use crate::transport::uring::{Depths, Progress, RingThread};
@@ -68,7 +68,7 @@ const FIRST_WAITING: usize = 64;
 #[derive(Clone, Debug)]
 pub struct Options {
     /// FUSE over io_uring.
-    pub io_uring: When,
+    pub io_uring: Switch,
     /// Whose queues it serves; or why they are not known.
     pub cpus: Result<Cpus, String>,
     /// Requests in flight for each serving thread.
@@ -142,7 +142,7 @@ impl Session {
             interrupts: Interrupts::default(),
         };
         let rings = match options.io_uring {
-            When::Off => None,
+            Switch::Off => None,
             when => match session.start_rings(&device, &offer, export, &options, stats, ended) {
                 Ok(rings) => Some(rings),
                 Err(why) => {
@@ -183,7 +183,7 @@ impl Session {
                 Err(why) => give_up_rings(options.io_uring, &why)?,
             }
         }
-        let baton = Baton::default();
+        let reader_token = ReaderToken::default();
         // Beside rings, only stragglers and what needs no answer come by /dev/fuse: one worker will
         // do.
         let workers = if by_ring { 1 } else { worker_count() };
@@ -192,7 +192,7 @@ impl Session {
                 device,
                 export: export.clone(),
                 stats: stats.thread(Transport::Legacy),
-                baton: baton.clone(),
+                reader_token: reader_token.clone(),
                 depth: worker_depth,
                 connection_end: session.connection_end.clone(),
                 interrupts: session.interrupts.clone(),
@@ -341,8 +341,8 @@ impl Rings {
 }
 
 /// Goes on without rings, unless the user insists on them.
-fn give_up_rings(when: When, why: &str) -> Result<(), String> {
-    if when == When::On {
+fn give_up_rings(when: Switch, why: &str) -> Result<(), String> {
+    if when == Switch::On {
         return Err(format!("no FUSE over io_uring: {why}, or use --io-uring off"));
     }
     log::warn!("serving by /dev/fuse, no FUSE over io_uring: {why}");

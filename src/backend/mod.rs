@@ -157,9 +157,9 @@ pub trait Backend: Send + Sync + 'static {
         None
     }
 
-    /// Makes everything acknowledged durable, blocking, and takes leave of the source; called once
-    /// when all serving threads have ended, also where nothing could be written. A source that is
-    /// away is waited for as long as `patience`.
+    /// Makes everything acknowledged durable, blocking, and disconnects from the source; called
+    /// once when all serving threads have ended, also where nothing could be written. A source that
+    /// is away is waited for as long as `patience`.
     fn last_flush(&self, patience: Duration) -> io::Result<()>;
 }
 

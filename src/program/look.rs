@@ -68,7 +68,7 @@ fn remote_table(
     let opened = NbdBackend::connect(uri, remote);
     let opened = opened.inspect_err(|e| log::warn!("{words}: its partition table: {e}")).ok()?;
     let table = info::partition_table(words, &*opened);
-    // Nothing was written, so that this only says goodbye.
+    // Nothing was written, so that this only disconnects.
     let _ = opened.last_flush(Duration::ZERO);
     table
 }

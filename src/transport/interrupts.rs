@@ -1,4 +1,4 @@
-//! Requests that their client does not want to wait for any more.
+//! INTERRUPT: gives up requests whose client is being killed.
 //!
 //! When a signal reaches a client that waits, the kernel sends INTERRUPT, once, and goes on waiting
 //! for the answer: until it comes not even `kill -9` works. The server's answer may never come, so

@@ -4,10 +4,10 @@
 //! that multiplexes it through async-io, and a lane. Requests come from one queue that all
 //! descriptors share; an answer goes back through the descriptor that its request came from.
 //!
-//! One worker at a time is *the reader*: it holds the [`Baton`], and only it polls or waits for
-//! requests. Waking every worker for each request would cost more than serving it. The reader hands
-//! the baton on before it begins what takes long (a large copy, a backlog), so that the others help
-//! when there is something to help with, and a lone client at depth 1 is served by one thread
+//! One worker at a time is *the reader*: it holds the [`ReaderToken`], and only it polls or waits
+//! for requests. Waking every worker for each request would cost more than serving it. The reader
+//! passes the token on before it begins what takes long (a large copy, a backlog), so that the
+//! others help when there is a backlog, and a lone client at depth 1 is served by one thread
 //! without a hop.
 //!
 //! The bound on requests in flight is each worker's slots: it reads only into free memory.
@@ -29,7 +29,7 @@ use smol::{LocalExecutor, future};
 
 use super::Server;
 use super::pace::Pace;
-use super::slot::{BURST_OVER, HEAD_LEN, Home, Memory, Slot};
+use super::slot::{BURST_OVER, HEAD_LEN, Memory, ReplySink, Slot};
 use crate::backend::Backend;
 use crate::errno::Errno;
 use crate::export::Export;
@@ -54,7 +54,7 @@ const FAIRNESS: u32 = 16;
 const FIRST_DEPTH: usize = 8;
 
 /// The right to wait for requests.
-pub type Baton = Arc<Mutex<()>>;
+pub type ReaderToken = Arc<Mutex<()>>;
 
 /// What a worker needs.
 pub struct Worker<B: Backend> {
@@ -65,10 +65,10 @@ pub struct Worker<B: Backend> {
     /// Its counters.
     pub stats: Arc<ThreadStats>,
     /// Shared by the workers of one connection.
-    pub baton: Baton,
+    pub reader_token: ReaderToken,
     /// How many requests it may have in flight.
     pub depth: usize,
-    /// To be told.
+    /// Told of the end of the connection.
     pub connection_end: Arc<ConnectionEnd>,
     /// Those of all threads of the connection.
     pub interrupts: Interrupts,
@@ -101,7 +101,8 @@ impl<B: Backend> Worker<B> {
             starved: RefCell::new(None),
         });
         let reading = async {
-            let result = channel.clone().read_requests(&server, &self.baton, &self.stats).await;
+            let result =
+                channel.clone().read_requests(&server, &self.reader_token, &self.stats).await;
             self.connection_end.note();
             server.drain().await;
             result
@@ -120,14 +121,14 @@ impl Channel {
     async fn read_requests<B: Backend>(
         self: Rc<Self>,
         server: &Rc<Server<B>>,
-        baton: &Baton,
+        reader_token: &ReaderToken,
         stats: &ThreadStats,
     ) -> io::Result<()> {
         let mut pace = Pace::new(Instant::now());
         loop {
-            // Not with the baton in hand: another worker may have memory.
+            // Not while it holds the token: another worker may have memory.
             self.wait_for_memory().await;
-            let turn = self.wait(server, baton.lock()).await;
+            let turn = self.wait(server, reader_token.lock()).await;
             let mut in_a_row = 0;
             let long = loop {
                 let Some(memory) = self.take_free() else { break None };
@@ -286,7 +287,7 @@ enum Stop {
     Failed(io::Error),
 }
 
-impl Home for Channel {
+impl ReplySink for Channel {
     fn answer(&self, mut memory: Memory, unique: u64, result: Result<usize, Errno>) {
         let (error, payload) = match result {
             Ok(len) => (0, len),
@@ -302,12 +303,12 @@ impl Home for Channel {
                 RawErrno::NOENT | RawErrno::NODEV | RawErrno::PERM | RawErrno::CONNABORTED => {}
                 _ => {
                     log::error!("an answer of {payload} bytes was refused: {e}");
-                    let sorry = OutHeader {
+                    let failure = OutHeader {
                         len: size_of::<OutHeader>() as u32,
                         error: Errno::EIO.wire(),
                         unique,
                     };
-                    if let Err(e) = rustix::io::write(&self.device, sorry.as_bytes()) {
+                    if let Err(e) = rustix::io::write(&self.device, failure.as_bytes()) {
                         log::error!("and EIO instead of it: {e}");
                     }
                 }

@@ -1,4 +1,5 @@
-//! The ways for requests to come and for answers to go: [`legacy`] (/dev/fuse) and [`uring`].
+//! The transports, by which requests come from the kernel and replies go back: [`legacy`]
+//! (/dev/fuse) and [`uring`].
 //!
 //! Both hand [`slot::Slot`]s to a [`Server`], which is the same for both.
 
@@ -48,7 +49,7 @@ pub struct Server<B: Backend> {
     waiting: Waiting,
     waits_for: WaitsFor,
     in_flight: Cell<usize>,
-    /// Who waits for `in_flight` to become zero.
+    /// Wakes [`Server::drain`] when `in_flight` becomes zero.
     drained: RefCell<Option<Waker>>,
 }
 
@@ -63,7 +64,8 @@ impl<B: Backend> Server<B> {
         interrupts: Interrupts,
     ) -> io::Result<Rc<Server<B>>> {
         // SAFETY: the lane's futures are in those of `answer`, which own the slot that they read
-        // into and write from: who leaks one leaks the slot's memory too.
+        // into and write from: who leaks one leaks the slot's memory too. Tasks that the lane
+        // begins by itself, to read ahead, own their buffers likewise.
         let io = unsafe { Io::new(ring, executor.clone()) };
         let lane = export.backend().lane(&io)?;
         let interrupted = interrupts.listen();
@@ -194,7 +196,7 @@ impl<B: Backend> Server<B> {
         Some(operation)
     }
 
-    /// Gives `handled` up, which may be dropped, when its client is being ended.
+    /// Drops `handled`, and answers EINTR, when its client is being killed.
     async fn unless_interrupted(
         &self,
         op: Op,

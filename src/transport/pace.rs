@@ -1,4 +1,4 @@
-//! Whether a thread with nothing to do polls or sleeps.
+//! Decides whether an idle thread polls or sleeps.
 //!
 //! A sleep costs the wake-up, which on an idle virtual CPU is more than the request that it is for.
 //! A poll costs CPU time that others may want. So a thread polls where by its own history the next

@@ -1,4 +1,4 @@
-//! Which thread serves a request.
+//! Decides which thread serves a request.
 //!
 //! The kernel has a queue for each *possible* CPU. A thread runs for each CPU that this process may
 //! use, and serves that CPU's queue; the queues of the other CPUs, which hardly ever have a
@@ -16,8 +16,8 @@
 //!   in an entry that was handed over returns with it. The kernel takes the entry that was
 //!   committed last, so few have to.
 //!
-//! Each thread keeps its first entry ([`Memory::is_kept`]): without any it would hear of nothing,
-//! the end of the connection included.
+//! Each thread keeps its first entry ([`Memory::is_kept`]): without any it would get no completion,
+//! not even that of the end of the connection.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;

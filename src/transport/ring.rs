@@ -226,7 +226,8 @@ impl Ring {
     /// Reads into `buf` at `offset`. The future must be polled to its end.
     ///
     /// # Safety
-    /// The future is not leaked while `buf`'s borrow ends: the kernel writes until it has completed.
+    /// The future is not leaked while `buf`'s borrow ends: the kernel writes until it has
+    /// completed.
     pub unsafe fn read_at<'a>(
         &'a self,
         file: &'a impl AsRawFd,

@@ -212,8 +212,8 @@ impl Memory {
     }
 }
 
-/// Where a slot's memory goes with the answer: a transport.
-pub trait Home {
+/// Takes a request's reply, and its memory with it: a transport.
+pub trait ReplySink {
     /// Answers request `unique` with so many bytes of the payload, or an error.
     fn answer(&self, memory: Memory, unique: u64, result: Result<usize, Errno>);
     /// Takes the memory back; the request has no answer.
@@ -227,7 +227,7 @@ pub struct Slot {
     header: InHeader,
     /// Where the arguments begin in the memory, and how many bytes there are.
     args: (usize, usize),
-    home: Rc<dyn Home>,
+    sink: Rc<dyn ReplySink>,
 }
 
 impl Slot {
@@ -236,11 +236,11 @@ impl Slot {
         mut memory: Memory,
         header: InHeader,
         (args_offset, args_len): (usize, usize),
-        home: Rc<dyn Home>,
+        sink: Rc<dyn ReplySink>,
     ) -> Slot {
         memory.touch(header.len as usize);
         let args_len = args_len.min(STRIDE - args_offset);
-        Slot { memory: Some(memory), header, args: (args_offset, args_len), home }
+        Slot { memory: Some(memory), header, args: (args_offset, args_len), sink }
     }
 
     fn memory(&self) -> &Memory {
@@ -298,13 +298,13 @@ impl Slot {
         if let Ok(len) = result {
             memory.touch(len);
         }
-        self.home.answer(memory, self.header.unique, result);
+        self.sink.answer(memory, self.header.unique, result);
     }
 
     /// Ends a request that has no answer.
     pub fn discard(mut self) {
         let memory = self.memory.take().expect("an unanswered slot has its memory");
-        self.home.discard(memory);
+        self.sink.discard(memory);
     }
 }
 
@@ -328,7 +328,7 @@ mod tests {
         memory: RefCell<Vec<Memory>>,
     }
 
-    impl Home for Recorder {
+    impl ReplySink for Recorder {
         fn answer(&self, memory: Memory, unique: u64, result: Result<usize, Errno>) {
             self.answers.borrow_mut().push((unique, result));
             self.memory.borrow_mut().push(memory);
@@ -338,33 +338,33 @@ mod tests {
         }
     }
 
-    fn slot(home: &Rc<Recorder>) -> Slot {
+    fn slot(sink: &Rc<Recorder>) -> Slot {
         let memory = Memory::allocate(&[0]).unwrap().pop().unwrap();
         let header = InHeader { unique: 42, ..Default::default() };
-        Slot::new(memory, header, (0, 0), home.clone())
+        Slot::new(memory, header, (0, 0), sink.clone())
     }
 
     #[test]
     fn dropped_slot_answers_eio_once() {
-        let home = Rc::new(Recorder::default());
-        drop(slot(&home));
-        assert_eq!(*home.answers.borrow(), [(42, Err(Errno::EIO))]);
-        assert_eq!(home.memory.borrow().len(), 1);
+        let sink = Rc::new(Recorder::default());
+        drop(slot(&sink));
+        assert_eq!(*sink.answers.borrow(), [(42, Err(Errno::EIO))]);
+        assert_eq!(sink.memory.borrow().len(), 1);
     }
 
     #[test]
     fn reply_is_the_only_answer() {
-        let home = Rc::new(Recorder::default());
-        slot(&home).reply(Ok(8));
-        assert_eq!(*home.answers.borrow(), [(42, Ok(8))]);
+        let sink = Rc::new(Recorder::default());
+        slot(&sink).reply(Ok(8));
+        assert_eq!(*sink.answers.borrow(), [(42, Ok(8))]);
     }
 
     #[test]
     fn discard_answers_nothing_and_returns_the_memory() {
-        let home = Rc::new(Recorder::default());
-        slot(&home).discard();
-        assert!(home.answers.borrow().is_empty());
-        assert_eq!(home.memory.borrow().len(), 1);
+        let sink = Rc::new(Recorder::default());
+        slot(&sink).discard();
+        assert!(sink.answers.borrow().is_empty());
+        assert_eq!(sink.memory.borrow().len(), 1);
     }
 
     #[test]

@@ -38,7 +38,7 @@ use super::entries::Entries;
 use super::pace::Pace;
 use super::queues::{self, Queues};
 use super::ring::Ring;
-use super::slot::{BURST_OVER, Home, Memory, Slot};
+use super::slot::{BURST_OVER, Memory, ReplySink, Slot};
 use crate::backend::{Backend, WaitsFor};
 use crate::errno::Errno;
 use crate::export::Export;
@@ -72,7 +72,7 @@ pub struct RingThread<B: Backend> {
     pub export: Arc<Export<B>>,
     /// Its counters.
     pub stats: Arc<ThreadStats>,
-    /// To be told.
+    /// Told of the end of the connection.
     pub connection_end: Arc<ConnectionEnd>,
     /// Those of all threads of the connection.
     pub interrupts: Interrupts,
@@ -254,11 +254,11 @@ async fn in_turns(
 }
 
 /// The handlers' end of the channel.
-async fn serve<B: Backend>(server: Rc<Server<B>>, requests: Receiver<Memory>, home: Rc<Committer>) {
+async fn serve<B: Backend>(server: Rc<Server<B>>, requests: Receiver<Memory>, sink: Rc<Committer>) {
     while let Ok(memory) = requests.recv().await {
         let header: InHeader = memory.head_struct(uring_header::IN_OUT);
         let args = (uring_header::OP_IN, uring_header::OP_IN_LEN);
-        server.serve(Slot::new(memory, header, args, home.clone())).await;
+        server.serve(Slot::new(memory, header, args, sink.clone())).await;
     }
 }
 
@@ -387,7 +387,7 @@ impl<B: Backend> Loop<B> {
     }
 }
 
-/// Where a thread's slots go back to.
+/// Commits a thread's replies.
 struct Committer {
     ring: Rc<Ring>,
     entries: Rc<Entries>,
@@ -395,7 +395,7 @@ struct Committer {
     here: usize,
 }
 
-impl Home for Committer {
+impl ReplySink for Committer {
     fn answer(&self, mut memory: Memory, unique: u64, result: Result<usize, Errno>) {
         let (error, payload_sz) = match result {
             Ok(len) => (0, len as u32),

@@ -1,5 +1,4 @@
-//! File operations as NBD commands: what is too long is split, what the server lacks is made up
-//! for.
+//! File operations as NBD commands: splits what is too long, and emulates what the server lacks.
 //!
 //! Offsets and lengths are multiples of the server's minimum block size here; [`super::blocks`]
 //! sees to it.
@@ -14,7 +13,7 @@ use std::task::Poll;
 use std::time::Instant;
 
 use super::connection::Connection;
-use super::connections::Ways;
+use super::connections::LaneConnections;
 use super::dial::Export;
 use super::extents::{Extents, Found};
 use super::inflight::{Extent, Failure};
@@ -44,11 +43,11 @@ const LONGEST_SEARCH: usize = 2048;
 /// several connections if one is slow.
 const PIECE: u32 = 512 << 10;
 
-/// Which connection carries a command.
+/// The connections that a command may go by.
 #[derive(Clone)]
 enum Route {
     /// Whichever of the disk's a lane had best use.
-    Lane(Rc<Ways>),
+    Lane(Rc<LaneConnections>),
     One(Arc<Connection>),
 }
 
@@ -65,7 +64,7 @@ pub struct Commands {
 
 impl Commands {
     /// Over whichever connection a lane had best use.
-    pub fn of_lane(ways: Rc<Ways>) -> Commands {
+    pub fn of_lane(ways: Rc<LaneConnections>) -> Commands {
         let export = ways.export().clone();
         Commands::new(Route::Lane(ways), export)
     }
@@ -150,8 +149,8 @@ impl Commands {
     }
 
     async fn read_piece(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        // SAFETY: this future is a lane's, and whoever made its `Io` promises that it is not leaked;
-        // or it is on the stack of `Connection::run_blocking`, or of `block_on`.
+        // SAFETY: this future is a lane's, and whoever made its `Io` promises that it is not
+        // leaked; or it is on the stack of `Connection::run_blocking` or `block_on`.
         self.ask(async |connection| unsafe { connection.read(offset, buf) }.await).await
     }
 

@@ -14,9 +14,9 @@
 //! is never contended. Where lanes share one, each of them brings a [`Driver`]; the first to come
 //! drives, and when its lane ends the next one takes over where it stopped.
 //!
-//! A connection that is lost stays lost: whatever is in flight and comes later is told so, and goes
-//! by another one ([`super::connections`]). It is reset first, so that the server gets nothing more
-//! of it.
+//! A connection that is lost stays lost: whatever is in flight and comes later fails with
+//! [`Failure::Lost`], and goes by another one ([`super::connections`]). It is reset first, so that
+//! the server gets nothing more of it.
 
 #![allow(unsafe_code)]
 
@@ -60,8 +60,8 @@ pub struct Connection {
     permits: Semaphore,
     /// The number of the [`Driver`] that runs the loops; zero for none.
     driving: AtomicU64,
-    /// The seat is free.
-    seat: Event,
+    /// Notified when the driver has gone.
+    driver_left: Event,
     /// See [`Connection::load`].
     load: AtomicUsize,
     /// Set under the lock of the state.
@@ -137,7 +137,7 @@ impl Connection {
             abandoned,
             permits: Semaphore::new(MAX_IN_FLIGHT),
             driving: AtomicU64::new(0),
-            seat: Event::new(),
+            driver_left: Event::new(),
             load: AtomicUsize::new(0),
             is_lost: AtomicBool::new(false),
             is_slow: AtomicBool::new(false),
@@ -161,7 +161,7 @@ impl Connection {
         self.lock().stream.system_calls()
     }
 
-    /// Whether it is of no more use.
+    /// Whether it was lost, or has been disconnected.
     pub fn is_lost(&self) -> bool {
         self.is_lost.load(Ordering::Relaxed)
     }
@@ -172,7 +172,7 @@ impl Connection {
         self.is_slow.load(Ordering::Relaxed)
     }
 
-    /// Whether it has been of use: the server has answered a request by it.
+    /// Whether the server has answered a request by it.
     pub fn has_answered(&self) -> bool {
         self.has_answered.load(Ordering::Relaxed)
     }
@@ -275,17 +275,17 @@ impl Connection {
         Driver { connection: self.clone(), number, _task: task, _io: io.clone() }
     }
 
-    /// Waits for the seat, then runs the loops; ends when the connection is lost, and says why if
-    /// it was lost here.
+    /// Waits until nobody drives, then runs the loops; ends when the connection is lost, and says
+    /// why if it was lost here.
     async fn drive(
         self: Arc<Self>,
         number: u64,
         io: Weak<Io>,
         timeout: Option<Duration>,
     ) -> Option<String> {
-        while !self.take_seat(number) {
-            let free = self.seat.listen();
-            if self.take_seat(number) {
+        while !self.become_driver(number) {
+            let free = self.driver_left.listen();
+            if self.become_driver(number) {
                 break;
             }
             free.await;
@@ -305,7 +305,7 @@ impl Connection {
         self.lose(&ended.err()?)
     }
 
-    fn take_seat(&self, number: u64) -> bool {
+    fn become_driver(&self, number: u64) -> bool {
         self.driving.compare_exchange(0, number, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 
@@ -378,8 +378,8 @@ impl Connection {
         }
     }
 
-    /// Ends the connection: everything in flight and everything later is told so. The reason, in
-    /// words, if it was not lost before.
+    /// Ends the connection: everything in flight and everything later fails with
+    /// [`Failure::Lost`]. The reason, in words, if it was not lost before.
     fn lose(&self, reason: &io::Error) -> Option<String> {
         // First of all: what is asked for again must not be carried out by a server that still gets
         // it from here.
@@ -397,7 +397,7 @@ impl Connection {
         })
     }
 
-    /// It is of no more use. Whether it was until now.
+    /// Marks it as lost, and fails what is in flight. Whether that is new.
     fn end(&self) -> bool {
         let mut wakers = Vec::new();
         let first = self.with(|state| {
@@ -464,7 +464,7 @@ impl Connection {
         self.socket.set_nonblocking(false)
     }
 
-    /// Says goodbye to the server (`NBD_CMD_DISC`), without waiting: the connection is of no more
+    /// Disconnects from the server (`NBD_CMD_DISC`), without waiting: the connection is of no more
     /// use.
     pub fn disconnect(&self) {
         self.with(|state| {
@@ -554,7 +554,7 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Whether there is nothing to drive any more.
+    /// Whether the connection was lost.
     pub fn is_over(&self) -> bool {
         self.connection.is_lost()
     }
@@ -562,10 +562,10 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        // The executor may drop the task much later, or never: the seat is given back here.
+        // The executor may drop the task much later, or never: another may drive from here on.
         let driving = &self.connection.driving;
         if driving.compare_exchange(self.number, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
-            self.connection.seat.notify(1);
+            self.connection.driver_left.notify(1);
         }
     }
 }

@@ -70,8 +70,8 @@ pub struct Connections {
     refuses: AtomicBool,
     /// How many requests wait for a connection.
     waiting: AtomicUsize,
-    /// There is a connection, or requests are refused.
-    news: Event,
+    /// Notified when there is a connection again, or when requests are refused.
+    changed: Event,
     /// Held while the disk is brought back.
     bringing_back: Mutex<()>,
     shared: Mutex<Shared>,
@@ -79,12 +79,12 @@ pub struct Connections {
 
 struct Shared {
     all: Vec<Member>,
-    lanes: Slab<Home>,
+    lanes: Slab<LaneState>,
     /// How many connections there may be.
     most: usize,
     /// It is over: one that is still being opened is not needed any more.
     is_closed: bool,
-    /// Nobody is to wait for a server any more.
+    /// The export is ending: nobody is to wait for a server any more.
     is_hurried: bool,
     /// Another disk was found in its place.
     is_another: bool,
@@ -104,7 +104,7 @@ struct Member {
 }
 
 /// What is known of a lane.
-struct Home {
+struct LaneState {
     drive: Sender<Arc<Connection>>,
     /// Its thread serves a queue of the kernel's. Where there are such threads, the others hardly
     /// serve anything.
@@ -133,7 +133,7 @@ impl Connections {
             may_open: AtomicBool::new(most > 1),
             refuses: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
-            news: Event::new(),
+            changed: Event::new(),
             bringing_back: Mutex::default(),
             shared: Mutex::new(Shared {
                 all: vec![Member { connection: first, home: None }],
@@ -189,12 +189,13 @@ impl Connections {
         self.all()
     }
 
-    /// The calling thread's way to them. It drives those that it is the home of.
-    pub fn lane(self: &Arc<Self>, io: &Rc<Io>) -> Rc<Ways> {
+    /// Those that the calling thread's lane uses. It drives those whose home it is.
+    pub fn lane(self: &Arc<Self>, io: &Rc<Io>) -> Rc<LaneConnections> {
         let (drive, receiver) = channel::unbounded();
         let lane = {
             let mut shared = self.shared();
-            let lane = shared.lanes.insert(Home { drive, sleeps_in_ring: io.sleeps_in_ring() });
+            let lane =
+                shared.lanes.insert(LaneState { drive, sleeps_in_ring: io.sleeps_in_ring() });
             shared.find_homes();
             self.version.fetch_add(1, Ordering::Release);
             lane
@@ -216,7 +217,7 @@ impl Connections {
                 drivers.borrow_mut().push(driver);
             }
         });
-        Rc::new(Ways {
+        Rc::new(LaneConnections {
             connections: self.clone(),
             lane,
             version: Cell::new(0),
@@ -297,7 +298,7 @@ impl Shared {
     /// The lanes that are homes: those of the kernel's queues, where there are any.
     fn homes(&self) -> impl Iterator<Item = usize> {
         let any_ring = self.lanes.iter().any(|(_, home)| home.sleeps_in_ring);
-        let is_home = move |home: &Home| home.sleeps_in_ring || !any_ring;
+        let is_home = move |home: &LaneState| home.sleeps_in_ring || !any_ring;
         self.lanes.iter().filter(move |(_, home)| is_home(home)).map(|(lane, _)| lane)
     }
 
@@ -335,8 +336,8 @@ fn default_most() -> usize {
     std::thread::available_parallelism().map_or(least, |cpus| cpus.get().clamp(least, most))
 }
 
-/// One lane's way to the connections.
-pub struct Ways {
+/// The connections as one lane uses them.
+pub struct LaneConnections {
     connections: Arc<Connections>,
     lane: usize,
     /// That of `own` and `all`.
@@ -351,7 +352,7 @@ pub struct Ways {
     _io: Rc<Io>,
 }
 
-impl Ways {
+impl LaneConnections {
     /// What was agreed on with the server.
     pub fn export(&self) -> &Export {
         self.connections.export()
@@ -419,7 +420,7 @@ fn least_loaded(connections: &[Arc<Connection>]) -> Option<&Arc<Connection>> {
     connections.iter().filter(|connection| !connection.is_lost()).min_by_key(|one| one.load())
 }
 
-impl Drop for Ways {
+impl Drop for LaneConnections {
     /// Others drive what this lane has driven.
     fn drop(&mut self) {
         self.drivers.borrow_mut().clear();

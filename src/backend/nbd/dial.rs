@@ -1,4 +1,4 @@
-//! From a URI to an open export: socket, TLS, haggling, and the older servers.
+//! From a URI to an open export: socket, TLS, option negotiation, and the older servers.
 //!
 //! All of it blocks, bounded by the connect time-out for the whole of it: name resolution, each
 //! address, TLS and the handshake, however slowly the server's bytes come. Nothing of it runs while

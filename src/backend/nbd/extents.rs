@@ -1,5 +1,5 @@
-//! The extents that BLOCK_STATUS has told of, so that a walk by `SEEK_DATA` and `SEEK_HOLE` costs a
-//! round trip for each thousand extents and not for each one.
+//! Remembers the extents that BLOCK_STATUS has reported, so that a walk by `SEEK_DATA` and
+//! `SEEK_HOLE` costs a round trip for each thousand extents and not for each one.
 //!
 //! # What is believed, and for how long
 //! Other hosts may write to the disk, so an extent is believed for [`LIFE`] after it was *asked*

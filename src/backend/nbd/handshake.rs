@@ -1,4 +1,4 @@
-//! The handshake phase: option haggling over any byte stream ("Handshake phase", fixed newstyle).
+//! The handshake phase: option negotiation over any byte stream ("Handshake phase", fixed newstyle).
 //!
 //! It runs once per connection, blocking, with the socket's time-outs as its only clock. The stream
 //! is generic: plain sockets, TLS and the scripted peers of the tests share all of this.
@@ -73,7 +73,7 @@ mod info {
 /// What the server said first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Greeting {
-    /// Fixed newstyle: options can be haggled over.
+    /// Fixed newstyle: options can be negotiated.
     FixedNewstyle,
     /// Only the crate `nbd` can go on, on a new connection.
     Older(Older),
@@ -300,7 +300,7 @@ impl<S: Read + Write> Haggling<S> {
         }
     }
 
-    /// `NBD_OPT_ABORT`: says goodbye. Whether the server answers does not matter.
+    /// `NBD_OPT_ABORT`: disconnects. Whether the server answers does not matter.
     pub fn abort(mut self) {
         if self.send_option(Opt::Abort, &[]).is_ok() {
             let _ = self.receive::<20>();

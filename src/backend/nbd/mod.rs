@@ -247,7 +247,7 @@ impl Backend for NbdBackend {
         Some(stats)
     }
 
-    /// Flushes over any connection that still works, if anything was written, then says goodbye on
+    /// Flushes over any connection that still works, if anything was written, then disconnects
     /// all. It fails if acknowledged writes could not be flushed, or were lost and nobody has been
     /// told; a lost connection alone is no failure.
     fn last_flush(&self, patience: Duration) -> io::Result<()> {

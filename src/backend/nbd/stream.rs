@@ -96,7 +96,7 @@ impl Stream {
         }
     }
 
-    /// Ends the stream politely: nothing is sent after this.
+    /// Ends the stream in order (TLS: close_notify): nothing is sent after this.
     pub fn close(&mut self) {
         if let Some(tls) = &mut self.tls {
             tls.session.send_close_notify();

@@ -8,9 +8,9 @@ use argh::{ArgsInfo, FromArgs};
 use super::mount_options::{MountOptions, split_options};
 use super::values::{
     parse_cache, parse_connections, parse_depth, parse_path, parse_read_ahead, parse_seconds,
-    parse_shown_source, parse_size, parse_source, parse_truncate, parse_unflushed, parse_when,
+    parse_shown_source, parse_size, parse_source, parse_switch, parse_truncate, parse_unflushed,
 };
-use super::{CacheWish, Command, Config, SERVER, Source, UsageError, When, usage};
+use super::{CacheWish, Command, Config, SERVER, Source, Switch, UsageError, usage};
 use crate::backend::nbd;
 use crate::export::{Cache, Truncate};
 use crate::partitions::Wanted;
@@ -342,7 +342,7 @@ impl Args {
             mountpoint,
             read_only,
             part,
-            io_uring: parse_when("--io-uring", self.io_uring.as_deref(), When::Auto)?,
+            io_uring: parse_switch("--io-uring", self.io_uring.as_deref(), Switch::Auto)?,
             queue_depth: self.queue_depth.as_deref().map(parse_depth).transpose()?,
             growable: self.growable,
             truncate,
@@ -350,7 +350,7 @@ impl Args {
             kernel_cache: self.kernel_cache,
             read_ahead: parse_read_ahead(self.read_ahead.as_deref())?,
             direct: self.direct,
-            allow_other: parse_when("--allow-other", self.allow_other.as_deref(), When::Off)?,
+            allow_other: parse_switch("--allow-other", self.allow_other.as_deref(), Switch::Off)?,
             uid: mount.uid,
             gid: mount.gid,
             daemonize: self.daemonize,

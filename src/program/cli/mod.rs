@@ -17,7 +17,7 @@ use args::{Args, takes_next_word, takes_no_value};
 
 /// Off, on, or on if it can be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum When {
+pub enum Switch {
     /// If it can be had.
     Auto,
     /// Or fail.
@@ -74,7 +74,7 @@ pub struct Config {
     /// The part of the source that is shown; none: all of it.
     pub part: Option<Wanted>,
     /// FUSE over io_uring.
-    pub io_uring: When,
+    pub io_uring: Switch,
     /// Requests in flight for each serving thread; none: chosen from the number of CPUs.
     pub queue_depth: Option<usize>,
     /// A write past the end makes the source longer, and a truncation sets its length.
@@ -90,7 +90,7 @@ pub struct Config {
     /// Bypass the source's page cache.
     pub direct: bool,
     /// Other users may use the file.
-    pub allow_other: When,
+    pub allow_other: Switch,
     /// The file's owner; none: who runs this.
     pub uid: Option<u32>,
     /// The file's group; none: that of who runs this.

@@ -26,7 +26,7 @@ fn defaults() {
     assert_eq!(config.words, "disk.img");
     assert_eq!(config.mountpoint, Some(PathBuf::from("./disk")));
     assert!(!config.read_only && !config.growable && !config.direct);
-    assert_eq!((config.io_uring, config.allow_other), (When::Auto, When::Off));
+    assert_eq!((config.io_uring, config.allow_other), (Switch::Auto, Switch::Off));
 }
 
 #[test]
@@ -39,7 +39,7 @@ fn options_before_between_and_after_the_operands() {
 #[test]
 fn mount_helpers_words_are_accepted() {
     let words = config("a b -o rw,dev,suid,x-systemd.device-timeout=5,allow_other,uid=7,gid=8");
-    assert_eq!((words.uid, words.gid, words.allow_other), (Some(7), Some(8), When::On));
+    assert_eq!((words.uid, words.gid, words.allow_other), (Some(7), Some(8), Switch::On));
     let plain = config("a b");
     let notes = ["user=joe", "comment=a=b", "comment=", "x-gvfs-show", "X-mount.mkdir=0700"];
     for word in MOUNT_WORDS.into_iter().chain(notes) {

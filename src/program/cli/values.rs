@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{CacheWish, SERVER, Source, UsageError, When, usage};
+use super::{CacheWish, SERVER, Source, Switch, UsageError, usage};
 use crate::backend::nbd::Uri;
 use crate::export::{Cache, Truncate};
 
@@ -17,16 +17,16 @@ const UNFLUSHED: std::ops::RangeInclusive<usize> = 4 << 20..=64 << 30;
 /// Requests in flight: the ring's own limit is far above, memory is not.
 const QUEUE_DEPTHS: std::ops::RangeInclusive<usize> = 1..=4096;
 
-pub(super) fn parse_when(
+pub(super) fn parse_switch(
     option: &str,
     value: Option<&str>,
-    default: When,
-) -> Result<When, UsageError> {
+    default: Switch,
+) -> Result<Switch, UsageError> {
     match value {
         None => Ok(default),
-        Some("auto") => Ok(When::Auto),
-        Some("on") => Ok(When::On),
-        Some("off") => Ok(When::Off),
+        Some("auto") => Ok(Switch::Auto),
+        Some("on") => Ok(Switch::On),
+        Some("off") => Ok(Switch::Off),
         Some(other) => Err(usage(format!("{option} is auto, on or off, not {other:?}"))),
     }
 }

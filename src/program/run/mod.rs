@@ -25,7 +25,7 @@ use crate::export::report::Reporter;
 use crate::export::{Cache, Export, Policy};
 use crate::mount::{self, Mount, Mountpoint};
 use crate::partitions::{self};
-use crate::program::cli::{CacheWish, Config, Source, When};
+use crate::program::cli::{CacheWish, Config, Source, Switch};
 use crate::program::daemon::{Background, Pidfile};
 use crate::program::own_folder::OwnFolder;
 use crate::program::server::Server;
@@ -164,7 +164,7 @@ fn become_io_flusher() -> io::Result<bool> {
 
 /// Threads that serve need descriptors, and without them would fail one after the other behind a
 /// mount. Says whether there are enough for so many threads with rings.
-fn allow_open_files(config: &Config, ring_threads: usize) -> Result<When, Failure> {
+fn allow_open_files(config: &Config, ring_threads: usize) -> Result<Switch, Failure> {
     const IN_ALL: u64 = 32;
     const FOR_EACH_THREAD: u64 = 8;
     let limit = |threads: usize| {
@@ -179,14 +179,14 @@ fn allow_open_files(config: &Config, ring_threads: usize) -> Result<When, Failur
     };
     let workers = session::worker_count();
     limit(workers).map_err(|why| Failure::Mount(format!("{why} (a larger ulimit -n)")))?;
-    if config.io_uring == When::Off {
-        return Ok(When::Off);
+    if config.io_uring == Switch::Off {
+        return Ok(Switch::Off);
     }
     match (limit(workers + ring_threads), config.io_uring) {
         (Ok(()), when) => Ok(when),
-        (Err(why), When::Auto) => {
+        (Err(why), Switch::Auto) => {
             log::warn!("serving by /dev/fuse, no FUSE over io_uring: {why} (a larger ulimit -n)");
-            Ok(When::Off)
+            Ok(Switch::Off)
         }
         (Err(why), _) => Err(Failure::Mount(format!(
             "no FUSE over io_uring: {why} (a larger ulimit -n), or use --io-uring off"
@@ -395,9 +395,9 @@ fn mount(
         unreachable!("the last attempt returns")
     };
     match config.allow_other {
-        When::Off => attempt(false),
-        When::On => attempt(true),
-        When::Auto => attempt(true).or_else(|refused| {
+        Switch::Off => attempt(false),
+        Switch::On => attempt(true),
+        Switch::Auto => attempt(true).or_else(|refused| {
             log::info!("allow_other is not to be had: {refused}");
             attempt(false)
         }),

@@ -84,7 +84,7 @@ impl Connections {
     /// Requests fail, those that wait and those that come.
     fn refuse(&self) {
         self.refuses.store(true, Ordering::SeqCst);
-        self.news.notify(usize::MAX);
+        self.changed.notify(usize::MAX);
     }
 
     /// Nobody is to wait for a server any more: neither now nor if it is lost later.
@@ -162,7 +162,7 @@ impl Connections {
             lost.elapsed().as_secs_f32()
         );
         drop(shared);
-        self.news.notify(usize::MAX);
+        self.changed.notify(usize::MAX);
         Ok(())
     }
 
@@ -246,15 +246,15 @@ impl Connections {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let _waiting = Waiting(&self.waiting);
         loop {
-            // Listen first and look again, or the news would be missed.
-            let news = self.news.listen();
+            // Listen first and look again, or a change would be missed.
+            let changed = self.changed.listen();
             if self.refuses.load(Ordering::SeqCst) {
                 return Err(io::Error::new(io::ErrorKind::NotConnected, "the server is away"));
             }
             if self.shared().all.iter().any(|member| !member.connection.is_lost()) {
                 return Ok(());
             }
-            news.await;
+            changed.await;
         }
     }
 

@@ -460,7 +460,7 @@ fn the_last_flush_tells_what_was_lost() {
 }
 
 #[test]
-fn the_last_flush_is_sent_and_the_server_hears_the_goodbye() {
+fn the_last_flush_is_sent_and_the_server_is_disconnected() {
     let directory = Directory::new();
     let log = directory.path("log");
     let logging = format!("logfile={log}");

@@ -1,4 +1,4 @@
-//! The end of an export: the last flush, and the goodbye.
+//! The end of an export: the last flush, and NBD_CMD_DISC.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -23,9 +23,9 @@ pub fn disk(connections: &[Arc<Connection>]) -> Arc<NbdBackend> {
 }
 
 #[test]
-fn the_server_of_a_read_only_export_hears_the_goodbye_and_no_flush() {
+fn the_server_of_a_read_only_export_is_disconnected_and_no_flush() {
     let (connection, peer) =
-        connection(Headers::Structured, |mut peer| assert!(peer.hears_goodbye()));
+        connection(Headers::Structured, |mut peer| assert!(peer.sees_disconnect()));
     let policy = Policy {
         writable: false,
         growable: false,
@@ -47,7 +47,7 @@ fn a_server_that_hangs_costs_the_time_of_the_last_flush_once() {
     let (silent, first) =
         connection(Headers::Structured, |mut peer| while peer.request().is_some() {});
     let (untried, second) =
-        connection(Headers::Structured, |mut peer| assert!(peer.hears_goodbye()));
+        connection(Headers::Structured, |mut peer| assert!(peer.sees_disconnect()));
     let connections = [silent, untried];
     let backend = disk(&connections);
     backend.unflushed().begin().acknowledged(0, Change::Data(&[1]));
@@ -66,7 +66,7 @@ fn a_connection_that_fails_leaves_the_last_flush_to_another() {
     let (working, second) = connection(Headers::Structured, |mut peer| {
         let flush = peer.request().unwrap();
         peer.done(flush.cookie);
-        assert!(peer.hears_goodbye());
+        assert!(peer.sees_disconnect());
     });
     let connections = [failing, working];
     let backend = disk(&connections);

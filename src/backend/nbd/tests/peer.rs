@@ -39,18 +39,18 @@ pub struct Seen {
 }
 
 impl Peer {
-    /// The next request; `None` when the client has hung up, politely (`NBD_CMD_DISC`) or not.
+    /// The next request; `None` when the client has hung up, with `NBD_CMD_DISC` or without.
     pub fn request(&mut self) -> Option<Seen> {
-        self.request_or_goodbye().filter(|seen| seen.command != DISC)
+        self.request_or_disconnect().filter(|seen| seen.command != DISC)
     }
 
     /// The next request is `NBD_CMD_DISC`, and the last one.
-    pub fn hears_goodbye(&mut self) -> bool {
-        let goodbye = self.request_or_goodbye().is_some_and(|seen| seen.command == DISC);
-        goodbye && self.request_or_goodbye().is_none()
+    pub fn sees_disconnect(&mut self) -> bool {
+        let disconnects = self.request_or_disconnect().is_some_and(|seen| seen.command == DISC);
+        disconnects && self.request_or_disconnect().is_none()
     }
 
-    fn request_or_goodbye(&mut self) -> Option<Seen> {
+    fn request_or_disconnect(&mut self) -> Option<Seen> {
         let mut header = vec![0; if self.headers == Headers::Extended { 32 } else { 28 }];
         self.socket.read_exact(&mut header).ok()?;
         let length = match self.headers {
