@@ -42,6 +42,24 @@ pub fn set_tcp_longest_pause(socket: &impl AsRawFd, pause: Duration) -> io::Resu
     }
 }
 
+/// How long the connect of a vsock socket may take, whether anybody waits for it or not.
+pub fn set_vsock_connect_timeout(socket: &impl AsRawFd, limit: Duration) -> io::Result<()> {
+    // include/uapi/linux/vm_sockets.h; libc does not have it.
+    const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 6;
+    let limit = libc::timeval {
+        tv_sec: libc::time_t::try_from(limit.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_usec: limit.subsec_micros().into(),
+    };
+    let length = size_of_val(&limit) as libc::socklen_t;
+    // SAFETY: the value is as long as it says.
+    unsafe {
+        let value = (&raw const limit).cast();
+        let (fd, level) = (socket.as_raw_fd(), libc::AF_VSOCK);
+        let option = SO_VM_SOCKETS_CONNECT_TIMEOUT;
+        check(libc::setsockopt(fd, level, option, value, length)).map(drop)
+    }
+}
+
 /// Writes dirty pages of the range to the device and waits for them (not a durability guarantee).
 pub fn write_out(file: &File, offset: u64, len: u64) -> io::Result<()> {
     let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE

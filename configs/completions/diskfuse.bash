@@ -14,7 +14,7 @@ _diskfuse() {
     --cache) words="auto none writethrough writeback" ;;
     --truncate) words="refuse zero" ;;
     -o | --options) words="ro rw allow_other uid= gid= remount _netdev nofail" ;;
-    --list) words="nbd:// nbds:// nbd+unix:/// nbds+unix:///" ;;
+    --list) words="nbd:// nbds:// nbd+unix:/// nbds+unix:/// nbd+vsock:// nbds+vsock://" ;;
     --tls-certificates)
         mapfile -t COMPREPLY < <(compgen -d -- "$current")
         return

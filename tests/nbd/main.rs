@@ -16,6 +16,7 @@ mod returns;
 mod scripts;
 mod servers;
 mod tls;
+mod vsock;
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
@@ -194,5 +195,6 @@ fn main() -> ExitCode {
     trials.push(trial("servers::man_page_has_these_examples".into(), vec![], examples));
     trials.extend(refusals::trials());
     trials.extend(tls::trials());
+    trials.extend(vsock::trials());
     run_trials(trials)
 }

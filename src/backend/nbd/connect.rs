@@ -140,11 +140,25 @@ pub fn connect_unix(path: &Path, deadline: Instant) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// To the context `cid` of this machine.
+/// To the context `cid`, by the names that the errors have elsewhere.
 pub fn connect_vsock(cid: u32, port: u32, deadline: Instant) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
-    socket.connect_timeout(&SockAddr::vsock(cid, port), left_until(deadline)?)?;
-    Ok(socket)
+    let connect = || {
+        let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+        let left = left_until(deadline)?;
+        // The kernel's own is two seconds.
+        sys::set_vsock_connect_timeout(&socket, left)?;
+        socket.connect_timeout(&SockAddr::vsock(cid, port), left)?;
+        Ok(socket)
+    };
+    connect().map_err(|e: io::Error| match e.raw_os_error() {
+        Some(libc::ECONNRESET) => io::ErrorKind::ConnectionRefused.into(),
+        Some(libc::EAFNOSUPPORT | libc::ENODEV) => io::Error::new(
+            io::ErrorKind::Unsupported,
+            "the kernel has no vsock to it (modules: vsock_loopback for CID 1, in a guest \
+             vmw_vsock_virtio_transport, on its host vhost_vsock)",
+        ),
+        _ => e,
+    })
 }
 
 /// A Unix socket has room for some 200 KiB, so that a large write takes several calls and a wake-up

@@ -16,6 +16,9 @@ use super::error::Error;
 
 /// The port that IANA gave to NBD.
 pub const DEFAULT_PORT: u16 = 10809;
+/// vsock(7): this machine, and the host that this virtual machine runs on.
+const CID_LOCAL: u32 = 1;
+const CID_HOST: u32 = 2;
 
 /// Where an NBD export is, and how to get there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +51,7 @@ pub enum Address {
     Unix(PathBuf),
     /// `nbd+vsock://CID:PORT`
     Vsock {
-        /// Context identifier: 2 is the host.
+        /// Context identifier: 1 is this machine, 2 its host, and from 3 on they are guests.
         cid: u32,
         /// vsock port.
         port: u32,
@@ -159,9 +162,16 @@ impl FromStr for Uri {
             }
             "vsock" => {
                 let (cid, port) = split_port(authority)?;
-                let cid = cid.parse().map_err(|_| {
-                    invalid("nbd+vsock needs a context identifier: nbd+vsock://2/export")
-                })?;
+                let cid = match cid {
+                    // As libnbd has it.
+                    "" => CID_HOST,
+                    cid => number(cid).filter(|cid| *cid >= CID_LOCAL).ok_or_else(|| {
+                        invalid(format!(
+                            "'{cid}' is not a context identifier, which {scheme} needs: 1 for this \
+                             machine, 2 for its host, from 3 on for guests"
+                        ))
+                    })?,
+                };
                 Address::Vsock { cid, port: port.unwrap_or(DEFAULT_PORT.into()) }
             }
             _ => return Err(invalid(format!("'{scheme}' is not an NBD scheme"))),
@@ -205,6 +215,12 @@ impl Query {
     }
 }
 
+/// Digits only, and not the one that vsock(7) has for "any".
+fn number(digits: &str) -> Option<u32> {
+    let is_plain = digits.bytes().all(|byte| byte.is_ascii_digit());
+    digits.parse().ok().filter(|number| is_plain && *number != u32::MAX)
+}
+
 fn no_port(port: impl fmt::Display) -> Error {
     invalid(format!("'{port}' is not a port"))
 }
@@ -231,9 +247,9 @@ fn split_port(authority: &str) -> Result<(&str, Option<u32>), Error> {
     match port.strip_prefix(':') {
         None if port.is_empty() => Ok((host, None)),
         Some("") => Ok((host, None)),
-        Some(digits) => match digits.parse() {
-            Ok(port) if port != 0 => Ok((host, Some(port))),
-            _ => Err(no_port(digits)),
+        Some(digits) => match number(digits) {
+            None | Some(0) => Err(no_port(digits)),
+            port => Ok((host, port)),
         },
         None => Err(invalid(format!("'{port}' follows the ']' of the IPv6 address"))),
     }
@@ -342,6 +358,9 @@ mod tests {
             ("nbds+unix:///x?socket=s", Address::Unix("s".into()), true),
             ("nbd+unix://?socket=s", Address::Unix("s".into()), false),
             ("nbd+vsock://2/", Address::Vsock { cid: 2, port: 10809 }, false),
+            ("nbd+vsock:///x", Address::Vsock { cid: 2, port: 10809 }, false),
+            ("nbd+vsock://:7/x", Address::Vsock { cid: 2, port: 7 }, false),
+            ("NBD+VSOCK://1:/", Address::Vsock { cid: 1, port: 10809 }, false),
             ("nbds+vsock://3:70000/", Address::Vsock { cid: 3, port: 70000 }, true),
         ] {
             let uri = parse(text);
@@ -373,6 +392,7 @@ mod tests {
             ("nbd:///x", "host is missing"),
             ("nbd://h:0/", "'0'"),
             ("nbd://h:99999/", "'99999'"),
+            ("nbd://h:+1/", "'+1'"),
             ("nbd://::1/", "brackets"),
             ("nbd://[::1/", "']'"),
             ("nbd://[host]/", "IPv6"),
@@ -389,7 +409,14 @@ mod tests {
             ("nbd://h/%ff", "UTF-8"),
             ("nbd://h/%00", "NUL"),
             ("nbd://h/a#b", "%23"),
-            ("nbd+vsock://h/", "context identifier"),
+            ("nbd+vsock://h/", "'h' is not a context identifier"),
+            ("nbd+vsock://0/", "context identifier"),
+            ("nbd+vsock://+2/", "context identifier"),
+            ("nbds+vsock://4294967295/", "nbds+vsock"),
+            ("nbd+vsock://2:4294967295/", "not a port"),
+            ("nbd+vsock://2:0/", "not a port"),
+            ("nbd+vsock://2/?socket=s", "nbd+unix"),
+            ("nbd+vsock://2/?tls-hostname=a", "nbds"),
         ] {
             let error = text.parse::<Uri>().expect_err(text).to_string();
             assert!(error.contains(part), "{text}: {error}");
@@ -425,6 +452,7 @@ mod tests {
                 "nbds+unix:///?socket=s&tls-certificates=/etc/pki&tls-hostname=name",
             ),
             ("nbd+vsock://2:10809", "nbd+vsock://2/"),
+            ("nbds+vsock://:1/a?tls-hostname=b", "nbds+vsock://2:1/a?tls-hostname=b"),
         ] {
             let uri = parse(text);
             assert_eq!(uri.to_string(), canonical);
@@ -447,5 +475,7 @@ mod tests {
         assert_eq!(parse("nbds://h/?tls-hostname=b").server_name(), "b");
         assert_eq!(parse("nbds+unix:///?socket=s").server_name(), "localhost");
         assert_eq!(parse("nbds+unix://c/?socket=s").server_name(), "c");
+        assert_eq!(parse("nbds+vsock://2/").server_name(), "localhost");
+        assert_eq!(parse("nbds+vsock://2/?tls-hostname=c").server_name(), "c");
     }
 }

@@ -17,10 +17,11 @@ use crate::partitions::Wanted;
 
 /// Show a disk as a file.
 ///
-/// SOURCE is a remote disk (nbd://HOST[:PORT]/[EXPORT], nbd+unix:///[EXPORT]?socket=PATH, or nbds
-/// and nbds+unix for TLS), the path of a disk image or a block device, mem:SIZE for a sparse disk
-/// in memory, or [ COMMAND... ], an NBD server that is started for it. MOUNTPOINT is a regular
-/// file; it is created if it is missing, and removed again at the end.
+/// SOURCE is a remote disk (nbd://HOST[:PORT]/[EXPORT], nbd+unix:///[EXPORT]?socket=PATH,
+/// nbd+vsock://[CID][:PORT]/[EXPORT], or nbds for nbd for TLS), the path of a disk image or a block
+/// device, mem:SIZE for a sparse disk in memory, or [ COMMAND... ], an NBD server that is started
+/// for it. MOUNTPOINT is a regular file; it is created if it is missing, and removed again at the
+/// end.
 #[derive(FromArgs, ArgsInfo, Debug)]
 // The text is for --help.
 #[allow(rustdoc::broken_intra_doc_links)]
