@@ -164,6 +164,7 @@ fn main() -> ExitCode {
         servers::partition_of_an_image_is_shown ["qemu-nbd", "qemu-img", "sfdisk"],
         servers::image_on_a_web_server_is_shown ["nbdkit", "nbdkit-curl", "python3"],
         servers::compressed_image_is_shown ["nbdkit", "xz"],
+        servers::server_with_keys_is_reached_by_nbdkit ["nbdkit"],
         servers::server_that_cannot_start_says_why ["qemu-nbd", "nbdkit"],
         servers::server_that_dies_fails_all_requests ["nbdkit"],
         servers::server_ends_with_the_export ["root", "nbdkit"],

@@ -10,7 +10,9 @@ use libc::{EIO, O_DIRECT, SIGTERM};
 use rustix::process::{Signal, kill_process, kill_process_group};
 
 use crate::common::export::{Ended, Export, Running, binary, pid};
+use crate::common::nbd::{Address, Server};
 use crate::common::{Aligned, SOON, assert_errno, eventually, mounts, noise, program, succeed};
+use crate::refusals::assert_refused;
 use crate::{Bench, SIZE, open};
 
 /// Exports what `[ words ]` serves. The operands are the command and the file, whatever a test's
@@ -197,6 +199,26 @@ pub fn compressed_image_is_shown(bench: &Bench) {
     let server = ["nbdkit", "-r", "--filter=xz", "file", "disk.img.xz"];
     let export = export(bench, &server, &[]);
     assert!(fs::read(export.file()).unwrap() == bytes);
+}
+
+/// What the message about pre-shared keys names, works.
+pub fn server_with_keys_is_reached_by_nbdkit(bench: &Bench) {
+    const COMMAND: &str = "nbdkit nbd hostname=HOST tls=require tls-psk=FILE tls-username=USER";
+    let disk = bench.disk(&noise(7, SIZE));
+    let keys = bench.sandbox.join("keys.psk");
+    fs::write(&keys, format!("alice:{}\n", "5a".repeat(32))).unwrap();
+    let keys = keys.to_str().unwrap();
+    let address = Address::tcp();
+    let Address::Tcp(host) = &address else { unreachable!() };
+    let tls = ["--tls=require", &format!("--tls-psk={keys}"), "file", disk.to_str().unwrap()];
+    let _server = Server::nbdkit(&address, tls);
+    let uri = format!("nbds://alice@{host}/?tls-psk-file={keys}");
+    assert_refused(&[&uri], 2, &["certificates", &format!("[ {COMMAND} ]")]);
+    let command = COMMAND.replace("HOST", &host.to_string());
+    let command = command.replace("FILE", keys).replace("USER", "alice");
+    let mut export = export(bench, &command.split(' ').collect::<Vec<_>>(), &[]);
+    assert!(fs::read(export.file()).unwrap() == noise(7, SIZE));
+    export.stop(SIGTERM).assert(0, &[]);
 }
 
 /// What it says comes first, then that it has ended; and nothing is left.

@@ -65,6 +65,11 @@ const IN_EXPORT: &AsciiSet =
 const IN_QUERY: &AsciiSet =
     &NON_ALPHANUMERIC.remove(b'/').remove(b'.').remove(b'-').remove(b'_').remove(b'~').remove(b':');
 
+/// rustls has no keys but those of earlier sessions.
+const PRE_SHARED_KEYS: &str = "TLS with pre-shared keys is not supported: use certificates \
+     (tls-certificates=DIR), or have nbdkit speak TLS: diskfuse [ nbdkit nbd hostname=HOST \
+     tls=require tls-psk=FILE tls-username=USER ] MOUNTPOINT";
+
 fn invalid(reason: impl Into<String>) -> Error {
     Error::Uri(reason.into())
 }
@@ -123,10 +128,9 @@ impl FromStr for Uri {
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
         if authority.contains('@') {
-            return Err(invalid(
-                "a user name is for TLS with pre-shared keys, which is not supported: \
-                 use certificates",
-            ));
+            return Err(invalid(format!(
+                "a user name goes with pre-shared keys, and {PRE_SHARED_KEYS}"
+            )));
         }
         let query = Query::parse(query)?;
         if query.socket.is_some() && transport != "unix" {
@@ -201,6 +205,9 @@ impl Query {
                 "socket" => query.socket.replace(value).is_some(),
                 "tls-certificates" => query.tls_certificates.replace(value.into()).is_some(),
                 "tls-hostname" => query.tls_hostname.replace(value).is_some(),
+                "tls-psk-file" => {
+                    return Err(invalid(format!("'tls-psk-file': {PRE_SHARED_KEYS}")));
+                }
                 _ => {
                     return Err(invalid(format!(
                         "the key '{key}' is unknown: socket, tls-certificates and tls-hostname are known"
@@ -403,7 +410,8 @@ mod tests {
             ("nbd+unix://h/x?socket=s", "no host"),
             ("nbd://h/?socket=s", "nbd+unix"),
             ("nbd://h/?tls-certificates=d", "nbds"),
-            ("nbds://h/?tls-psk-file=f", "'tls-psk-file'"),
+            ("nbds://h/?tls-psk-file=f", "tls-psk=FILE"),
+            ("nbds://u@h/?tls-psk-file=f", "tls-username=USER"),
             ("nbds://h/?tls-hostname=a&tls-hostname=b", "twice"),
             ("nbd://h/%zz", "hex"),
             ("nbd://h/%ff", "UTF-8"),
