@@ -14,14 +14,17 @@ use crate::common::{mounts, program, succeed};
 const MOUNT: [Ability; 4] = ["root", "fuse", "mount.fuse3", "findmnt"];
 
 pub fn trials() -> Vec<Trial> {
-    let trial =
-        |name: &str, script| trial(format!("mount/{name}"), MOUNT.to_vec(), move || run(script));
+    let with = |name: &str, needs: &[Ability], script| {
+        trial(format!("mount/{name}"), [&MOUNT, needs].concat(), move || run(script))
+    };
+    let trial = |name: &str, script| with(name, &[], script);
     vec![
         trial("helper_mounts_and_returns", HELPER),
         trial("fstab_is_mounted_once", FSTAB),
         trial("helper_looks_without_mounting", FAKE),
         trial("helper_fails_as_mount_expects", FAILURES),
         trial("helper_mounts_in_another_namespace", NAMESPACE),
+        with("remote_disks_have_all_options_in_fstab", &["nbd", "nbdkit"], REMOTE),
         self::trial(
             "mount/nobody_else_is_sent_to_the_background".into(),
             vec!["root", "fuse"],
@@ -130,6 +133,28 @@ const NAMESPACE: &str = r#"
     nsenter --mount=/proc/$other/ns/mnt umount "$PWD/disk"
     ended
     kill $other
+"#;
+
+/// Through both helpers, and by a part of the disk that starts where mount(8) would make a loop
+/// device of an `offset`.
+const REMOTE: &str = r#"
+    touch one two
+    nbdkit --unix "$PWD/socket" file image
+    options=connect-timeout=20,open-timeout=20,timeout=30,reconnect-timeout=40,unflushed=8M
+    options+=,connections=2,cache=writethrough,kernel-cache,read-ahead=1M,truncate=zero,queue-depth=8
+    options+=,io-uring=off,allow-other=off,uid=0,gid=0,ro,_netdev,nofail
+    cat > fstab <<END
+nbd+unix:///?socket=$PWD/socket $PWD/one diskfuse $options,start=4096,pidfile=$PWD/pid-one 0 0
+nbd+unix:///?socket=$PWD/socket $PWD/two fuse.diskfuse $options,size=4096,pidfile=$PWD/pid-two 0 0
+END
+    for _ in 1 2; do mount -T fstab -a; done
+    cmp <(tail -c 4096 image) one
+    cmp <(head -c 4096 image) two
+    for disk in one two; do
+        [[ $(findmnt -n --mountpoint "$PWD/$disk" | wc -l) == 1 ]]
+        umount "$disk"
+        ended "pid-$disk"
+    done
 "#;
 
 /// In a mount namespace and a PID namespace of its own, whose first process takes all others with

@@ -82,7 +82,8 @@ impl Args {
             ("direct", None) => self.direct = true,
             ("kernel-cache", None) => self.kernel_cache = true,
             ("partition", Some(value)) => self.partition = Some(value.into()),
-            ("offset", Some(value)) => self.offset = Some(value.into()),
+            // mount(8) takes `offset` for itself, to make a loop device.
+            ("offset" | "start", Some(value)) => self.offset = Some(value.into()),
             ("size", Some(value)) => self.size = Some(value.into()),
             ("cache", Some(value)) => self.cache = Some(value.into()),
             ("read-ahead", Some(value)) => self.read_ahead = Some(value.into()),
@@ -107,7 +108,9 @@ impl Args {
             // Who may unmount, and notes to others.
             ("user" | "comment", Some(_)) => {}
             (name, _) if name.starts_with("x-") || name.starts_with("X-") => {}
-            (name, None) if WITH_VALUE.contains(&name) || ["uid", "gid"].contains(&name) => {
+            (name, None)
+                if WITH_VALUE.contains(&name) || ["uid", "gid", "start"].contains(&name) =>
+            {
                 return Err(usage(format!("-o {name} needs a value: {name}=...")));
             }
             (name, Some(_))
@@ -119,7 +122,7 @@ impl Args {
             }
             _ if mount.is_sloppy => {}
             _ => {
-                let ours = ["ro", "rw", "remount", "allow_other", "uid", "gid"];
+                let ours = ["ro", "rw", "remount", "allow_other", "uid", "gid", "start"];
                 let known = [&ours[..], &WITH_VALUE, &SWITCHES, &MOUNT_WORDS].concat();
                 let UsageError(why) = no_such_option(name, known);
                 return Err(usage(format!("-o {why}")));

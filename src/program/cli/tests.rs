@@ -269,6 +269,7 @@ fn parts_of_a_disk() {
     assert_eq!(config("a b -o offset=0").part, range(0, None));
     assert_eq!(config("a b --size 4K").part, range(0, Some(4096)));
     assert_eq!(config("a b -o offset=512,size=1T").part, range(512, Some(1 << 40)));
+    assert_eq!(config("a b -o start=512").part, range(512, None));
     for line in ["a b --partition 1 --offset 0", "a b -o partition=1 --size 1M"] {
         assert!(error(line).contains("leave out --offset and --size"), "{line}");
     }
@@ -282,6 +283,7 @@ fn parts_of_a_disk() {
         assert!(error(line).contains("go with a MOUNTPOINT"), "{line}");
     }
     assert!(error("a b -o partition").contains("partition=..."));
+    assert!(error("a b -o start").contains("start=..."));
 }
 
 #[test]
