@@ -35,7 +35,7 @@
 //! | signals; the background and the pidfile | [`program::signals`]; [`program::daemon`] |
 //! | what is logged where | [`program::logging`] |
 //! | how mount(8) calls; what systemd is told | [`program::mount_helper`]; [`program::service`] |
-//! | a server of our own, `[ COMMAND ]` | [`program::server`] |
+//! | a server of our own, `[ COMMAND ]` | [`program::server`]; its words: `server` of [`program::cli`] |
 //! | mounting, unmounting, what is found at the mountpoint | [`mount`] |
 //! | what an operation of FUSE means, the cache modes | [`export`] |
 //! | the size, truncation; mode, owner, times | its `size`; `attributes` |

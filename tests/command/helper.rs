@@ -25,6 +25,7 @@ pub fn trials() -> Vec<Trial> {
         trial("helper_fails_as_mount_expects", FAILURES),
         trial("helper_mounts_in_another_namespace", NAMESPACE),
         with("remote_disks_have_all_options_in_fstab", &["nbd", "nbdkit"], REMOTE),
+        with("servers_are_one_word", &["qemu-nbd", "nbdkit"], SERVERS),
         self::trial(
             "mount/nobody_else_is_sent_to_the_background".into(),
             vec!["root", "fuse"],
@@ -141,8 +142,8 @@ const REMOTE: &str = r#"
     touch one two
     nbdkit --unix "$PWD/socket" file image
     options=connect-timeout=20,open-timeout=20,timeout=30,reconnect-timeout=40,unflushed=8M
-    options+=,connections=2,cache=writethrough,kernel-cache,read-ahead=1M,truncate=zero,queue-depth=8
-    options+=,io-uring=off,allow-other=off,uid=0,gid=0,ro,_netdev,nofail
+    options+=,connections=2,cache=writethrough,kernel-cache,read-ahead=1M,truncate=zero
+    options+=,queue-depth=8,io-uring=off,allow-other=off,uid=0,gid=0,ro,_netdev,nofail
     cat > fstab <<END
 nbd+unix:///?socket=$PWD/socket $PWD/one diskfuse $options,start=4096,pidfile=$PWD/pid-one 0 0
 nbd+unix:///?socket=$PWD/socket $PWD/two fuse.diskfuse $options,size=4096,pidfile=$PWD/pid-two 0 0
@@ -155,6 +156,34 @@ END
         umount "$disk"
         ended "pid-$disk"
     done
+"#;
+
+/// `[ COMMAND ]` as mount(8) and fstab(5) can have it.
+const SERVERS: &str = r#"
+    touch one two three
+    mv image 'an image'
+    source="[ qemu-nbd -f raw '$PWD/an image' ]"
+    mount -t diskfuse "$source" "$PWD/one" -o "pidfile=$PWD/pid-one"
+    [[ $(findmnt -n -o SOURCE --mountpoint "$PWD/one") == "$source" ]]
+    cmp 'an image' one
+    mount -o remount,ro "$PWD/one"
+    fails 1 eval 'printf x 1<> one'
+    cat > fstab <<END
+[\040nbdkit\040-r\040file\040file="$PWD/an\040image"\040] $PWD/two diskfuse pidfile=$PWD/pid-two 0 0
+[\040nbdkit\040-r\040data\040'data=1\0402'\040] $PWD/three fuse.diskfuse pidfile=$PWD/pid-three 0 0
+END
+    for _ in 1 2; do mount -T fstab -a; done
+    cmp 'an image' two
+    [[ $(od -An -tu1 -N 2 three) == *1*2* ]]
+    for disk in one two three; do
+        [[ $(findmnt -n --mountpoint "$PWD/$disk" | wc -l) == 1 ]]
+        umount "$disk"
+        ended "pid-$disk"
+    done
+    fails 32 mount -t diskfuse '[ nbdkit file missing ]' "$PWD/one"
+    grep -q 'the server has ended before it served' said
+    fails 1 mount -t diskfuse "[ nbdkit 'file ]" "$PWD/one"
+    grep -q 'a quote' said
 "#;
 
 /// In a mount namespace and a PID namespace of its own, whose first process takes all others with

@@ -6,11 +6,12 @@ use std::time::Duration;
 use argh::{ArgsInfo, FromArgs};
 
 use super::mount_options::{MountOptions, split_options};
+use super::server::{GivenServer, SERVER};
 use super::values::{
     parse_cache, parse_connections, parse_depth, parse_path, parse_read_ahead, parse_seconds,
     parse_shown_source, parse_size, parse_source, parse_switch, parse_truncate, parse_unflushed,
 };
-use super::{CacheWish, Command, Config, SERVER, Source, Switch, UsageError, usage};
+use super::{CacheWish, Command, Config, Source, Switch, UsageError, usage};
 use crate::backend::nbd;
 use crate::export::{Cache, Truncate};
 use crate::partitions::Wanted;
@@ -197,7 +198,7 @@ pub(super) const SWITCHES: [&str; 5] =
 impl Args {
     pub(super) fn into_command(
         mut self,
-        server: Option<Vec<String>>,
+        server: Option<GivenServer>,
         is_sloppy: bool,
     ) -> Result<Command, UsageError> {
         if self.version {
@@ -276,7 +277,7 @@ impl Args {
                 return Ok(Command::Info { source, words, json, remote });
             }
             (_, Some(uri), _) => {
-                let source = parse_source(uri, None)?;
+                let source = parse_source(uri)?;
                 check_certificates(&source, &remote)?;
                 return match source {
                     Source::Nbd(uri) => Ok(Command::List { uri, json, remote }),
@@ -308,7 +309,7 @@ impl Args {
             [source] if self.run.is_some() => (source, None),
             [] => return Err(usage("SOURCE and MOUNTPOINT are missing")),
             [source] => {
-                let source = server.map_or(source.clone(), |s| Source::Server(s).to_string());
+                let (_, source) = parse_shown_source(source, server)?;
                 return Err(usage(format!("MOUNTPOINT is missing (SOURCE is {source})")));
             }
             [_, _, more, ..] => {

@@ -2,6 +2,7 @@
 
 mod args;
 mod mount_options;
+mod server;
 mod values;
 
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use crate::partitions::Wanted;
 use crate::program::{help, hints};
 
 use args::{Args, takes_next_word, takes_no_value};
+use server::take_server;
 
 /// Off, on, or on if it can be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +56,7 @@ impl std::fmt::Display for Source {
             Source::Nbd(uri) => write!(f, "{uri}"),
             Source::Path(path) => write!(f, "{}", path.display()),
             Source::Memory(size) => write!(f, "mem:{size}"),
-            Source::Server(command) => write!(f, "[ {} ]", command.join(" ")),
+            Source::Server(command) => write!(f, "[ {} ]", server::quoted(command)),
         }
     }
 }
@@ -249,48 +251,6 @@ fn no_such_option<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> U
         Some(name) => format!("{word}: no such option: did you mean {name}?"),
         None => format!("{word}: no such option"),
     })
-}
-
-/// Stands for the server's command between the other words: where it is an operand, no other word
-/// can be it.
-const SERVER: &str = "[";
-
-/// The words without the server's command, and that: it may hold options of its own. It stands
-/// where a SOURCE may, and [`SERVER`] in its place.
-fn take_server(words: &[String]) -> Result<(Vec<String>, Option<Vec<String>>), UsageError> {
-    let mut others = Vec::new();
-    let mut server = None;
-    let mut options_end = false;
-    let mut rest = words;
-    while let Some((word, behind)) = rest.split_first() {
-        rest = behind;
-        others.push(word.clone());
-        if word == SERVER {
-            let end = rest.iter().position(|word| word == "]").ok_or_else(|| {
-                usage("the ] that ends the server's command is missing (for a file of that name: ./[)")
-            })?;
-            let command = rest[..end].to_vec();
-            rest = &rest[end + 1..];
-            if command.first().is_none_or(String::is_empty) {
-                return Err(usage(
-                    "[ ]: the server's command is missing: [ qemu-nbd -f qcow2 FILE ]",
-                ));
-            }
-            if server.replace(command).is_some() {
-                return Err(usage("one SOURCE, not two servers"));
-            }
-        } else if word == "--" {
-            options_end = true;
-        } else if !options_end
-            && takes_next_word(word)
-            && !["--info", "--list"].contains(&word.as_str())
-            && let Some((value, behind)) = rest.split_first()
-        {
-            others.push(value.clone());
-            rest = behind;
-        }
-    }
-    Ok((others, server))
 }
 
 #[cfg(test)]

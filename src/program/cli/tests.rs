@@ -324,6 +324,70 @@ fn a_server_is_a_source() {
 }
 
 #[test]
+fn a_server_may_be_one_word() {
+    let parse = |words: &[&str]| {
+        super::parse(&words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>())
+    };
+    let config = |words: &[&str]| match parse(words) {
+        Ok(Command::Serve(config)) => config,
+        other => panic!("{words:?}: {other:?}"),
+    };
+    let server = |words: &[&str]| Source::Server(words.iter().map(|&w| w.into()).collect());
+    let word = "[ qemu-nbd  -f qcow2 '/srv/my vm' ]";
+    let one = config(&["--", word, "vm"]);
+    assert_eq!(one.source, server(&["qemu-nbd", "-f", "qcow2", "/srv/my vm"]));
+    // mount(8) is to know it again.
+    assert_eq!(one.words, word);
+    assert_eq!((one.remote.reconnect_timeout, one.remote.unflushed), (Duration::ZERO, 0));
+    // And so it is shown, and can be remounted by, where it was several.
+    let shown = config(&["[", "a", "b c", "]", "vm"]).words;
+    assert_eq!(shown, "[ a 'b c' ]");
+    assert_eq!(config(&[&shown, "vm"]).source, server(&["a", "b c"]));
+    let remount = parse(&[&shown, "/vm", "-o", "remount,ro"]);
+    assert!(matches!(remount, Ok(Command::Remount { read_only: true, .. })));
+    let info = parse(&["--info", word]);
+    assert!(matches!(info, Ok(Command::Info { words, .. }) if words == word));
+    // Where a value stands it is one, and a file may have any name.
+    assert_eq!(config(&["a", "b", "--pidfile", "[ x ]"]).pidfile, Some("[ x ]".into()));
+    assert_eq!(config(&["./[ x ]", "b"]).source, Source::Path("./[ x ]".into()));
+    for (words, part) in [
+        (&["[ a", "b"][..], "the ] that ends"),
+        (&["[ 'a ]", "b"], "a quote"),
+        (&["[ ]", "b"], "command is missing"),
+        (&["[ a ]"], "MOUNTPOINT is missing (SOURCE is [ a ])"),
+        (&["[ a ]", "[ b ]"], "not two servers"),
+        (&["b", "[ a ]"], "before MOUNTPOINT"),
+        (&["[ a ]", "b", "-o", "reconnect-timeout=5"], "--reconnect-timeout goes with"),
+        (&["--list", "[ a ]"], "NBD URI"),
+    ] {
+        let error = parse(words).expect_err("it makes no sense").to_string();
+        assert!(error.contains(part), "{words:?}: {error}");
+    }
+}
+
+#[test]
+fn long_options_are_mount_options() {
+    const NOT_WITH_A_MOUNTPOINT: [&str; 7] =
+        ["--help", "--version", "--options", "--info", "--list", "--mounts", "--json"];
+    for flag in Args::get_args_info().flags {
+        let name = flag.long.trim_start_matches("--");
+        let is_known = WITH_VALUE.contains(&name) || SWITCHES.contains(&name);
+        assert_ne!(is_known, NOT_WITH_A_MOUNTPOINT.contains(&flag.long), "{name}");
+    }
+    // Known, and understood: what is wrong is the value, if it is one.
+    for name in WITH_VALUE {
+        let words = words(&format!("a b -o {name}=x"));
+        let is_understood = |e: &UsageError| !e.to_string().contains("no such option");
+        assert!(words.as_ref().err().is_none_or(is_understood), "{name}: {words:?}");
+        assert_ne!(words, Ok(Command::Serve(config("a b"))), "{name}");
+    }
+    for name in SWITCHES {
+        let words = words(&format!("a b -o {name},cache=writeback"));
+        assert_ne!(words, Ok(Command::Serve(config("a b -o cache=writeback"))), "{name}");
+    }
+}
+
+#[test]
 fn help_and_version_are_printed() {
     for line in ["--help", "--version", "-h", "-V", "a b -h", "-V a"] {
         assert!(matches!(words(line), Ok(Command::Print(_))), "{line}");

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{CacheWish, SERVER, Source, Switch, UsageError, usage};
+use super::server::{GivenServer, SERVER};
+use super::{CacheWish, Source, Switch, UsageError, usage};
 use crate::backend::nbd::Uri;
 use crate::export::{Cache, Truncate};
 
@@ -103,20 +104,20 @@ pub(super) fn parse_path(what: &str, text: &str) -> Result<PathBuf, UsageError> 
 /// A source, and the same in the user's words.
 pub(super) fn parse_shown_source(
     text: &str,
-    server: Option<Vec<String>>,
+    server: Option<GivenServer>,
 ) -> Result<(Source, String), UsageError> {
-    let source = parse_source(text, server)?;
-    let words = match &source {
-        Source::Server(_) => source.to_string(),
-        Source::Nbd(_) | Source::Path(_) | Source::Memory(_) => text.to_owned(),
-    };
-    Ok((source, words))
+    match server.filter(|_| text == SERVER) {
+        Some(GivenServer { command, word }) => {
+            let source = Source::Server(command);
+            let words = word.unwrap_or_else(|| source.to_string());
+            Ok((source, words))
+        }
+        None => Ok((parse_source(text)?, text.to_owned())),
+    }
 }
 
-pub(super) fn parse_source(text: &str, server: Option<Vec<String>>) -> Result<Source, UsageError> {
-    if let Some(command) = server.filter(|_| text == SERVER) {
-        return Ok(Source::Server(command));
-    }
+/// One that is no server of our own.
+pub(super) fn parse_source(text: &str) -> Result<Source, UsageError> {
     if text.is_empty() {
         return Err(usage("SOURCE is empty: it is to be a path, an NBD URI or mem:SIZE"));
     }
