@@ -3,6 +3,7 @@
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
@@ -143,6 +144,10 @@ impl Session {
         };
         let rings = match options.io_uring {
             Switch::Off => None,
+            Switch::Auto if !has_over_io_uring(&offer) => {
+                log::info!("serving by /dev/fuse, no FUSE over io_uring: {}", not_offered());
+                None
+            }
             when => match session.start_rings(&device, &offer, export, &options, stats, ended) {
                 Ok(rings) => Some(rings),
                 Err(why) => {
@@ -349,9 +354,17 @@ fn give_up_rings(when: Switch, why: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// Switches FUSE over io_uring on; only kernels that have it have this.
+const PARAMETER: &str = "/sys/module/fuse/parameters/enable_uring";
+
+/// Whether the kernel has FUSE over io_uring, be it switched off. Where it has none there is no
+/// choice to warn about.
+fn has_over_io_uring(offer: &InitIn) -> bool {
+    flags(offer) & init::OVER_IO_URING != 0 || Path::new(PARAMETER).exists()
+}
+
 /// Why the kernel did not offer io_uring, and the cure.
 fn not_offered() -> String {
-    const PARAMETER: &str = "/sys/module/fuse/parameters/enable_uring";
     match std::fs::read_to_string(PARAMETER) {
         Ok(value) if value.trim() == "N" => {
             format!("it is switched off (echo Y > {PARAMETER} as root)")

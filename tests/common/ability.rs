@@ -14,8 +14,8 @@ use super::{is_root, program};
 /// Switches FUSE over io_uring on and off.
 pub const RING_SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
 
-/// The name of an ability: `fuse`, `uring`, `root`, `user`, `loop`, `direct`, `nbd`, `netns`,
-/// `vsock`, `nbdkit-curl`, or a program's name.
+/// The name of an ability: `fuse`, `uring`, `mmap`, `zero-range`, `root`, `user`, `loop`, `direct`,
+/// `nbd`, `netns`, `vsock`, `nbdkit-curl`, or a program's name.
 pub type Ability = &'static str;
 
 /// Why it is missing, if it is.
@@ -57,6 +57,9 @@ fn find_out(ability: Ability) -> Result<(), String> {
             is_there(RING_SWITCH)?;
             probe(Transport::Uring)
         }
+        // Not tried: it must not be the program's own fault that it is missing.
+        "mmap" => needs_linux((6, 6), "a shared mapping past the page cache"),
+        "zero-range" => needs_linux((5, 14), "FALLOC_FL_ZERO_RANGE of a FUSE file"),
         "root" => is_root().then_some(()).ok_or("only root can do this".into()),
         "user" => {
             find_out("root")?;
@@ -124,6 +127,15 @@ fn probe(transport: Transport) -> Result<(), String> {
         0 => Err(format!("diskfuse {} served otherwise: {}", transport.option(), ended.log.trim())),
         _ => Ok(()),
     }
+}
+
+fn needs_linux(least: (u32, u32), what: &str) -> Result<(), String> {
+    let release =
+        std::fs::read_to_string("/proc/sys/kernel/osrelease").map_err(|e| e.to_string())?;
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse().ok());
+    let this = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    let (major, minor) = least;
+    (this >= least).then_some(()).ok_or(format!("{what} needs Linux {major}.{minor}"))
 }
 
 /// A setting of the kernel, changed as long as this lives.

@@ -155,7 +155,10 @@ impl Promise {
     }
 
     fn trial(&self, transport: Transport, kind: &'static Kind) -> Trial {
-        let needs = needs_of(transport, &[kind.needs, self.needs].concat());
+        // Pages of the cache can always be mapped.
+        let applies = |need: &&Ability| !(**need == "mmap" && kind.is_cached());
+        let own: Vec<Ability> = self.needs.iter().filter(applies).copied().collect();
+        let needs = needs_of(transport, &[kind.needs, &own].concat());
         let test = self.test;
         trial(self.name(transport, kind.name), needs, move || test(&Case::new(transport, kind)))
     }

@@ -10,7 +10,8 @@ use std::fs;
 use std::process::{Command, ExitCode};
 
 use common::ability::{self, Setting};
-use common::export::{Ended, Export, Transport};
+use common::export::{Ended, Export, Transport, binary};
+use common::program;
 use common::sandbox::Sandbox;
 use common::seccomp;
 use common::suite::{run_serially, trial};
@@ -58,7 +59,10 @@ fn main() -> ExitCode {
             way.trial("off_never_tries", off),
         ]
     });
-    run_serially(trials.collect())
+    let mut trials: Vec<Trial> = trials.collect();
+    let needs = vec!["root", "uring"];
+    trials.push(trial("kernel_without_it_is_no_news".into(), needs, kernel_without_it));
+    run_serially(trials)
 }
 
 impl Way {
@@ -114,4 +118,24 @@ fn on(way: &Way) {
 
 fn off(way: &Way) {
     assert_eq!(way.serves_legacy("--io-uring=off"), [""; 0], "it was not asked for");
+}
+
+/// A kernel that has none, which has no switch either: there is nothing to warn about.
+fn kernel_without_it() {
+    const HIDE: &str = r#"mount -t tmpfs none "${0%/*}" && exec "$@""#;
+    let _setting = Setting::set(ability::RING_SWITCH, "N");
+    let start = |option: &str, level: &str| {
+        let mut command = program("unshare", ["--mount", "sh", "-c", HIDE, ability::RING_SWITCH]);
+        command.args([binary(), option, "--run=head -c 4096 \"$DISKFUSE_FILE\"", "mem:1M"]);
+        let output = command.env("RUST_LOG", level).output().unwrap();
+        (output.status.code(), output.stdout.len(), String::from_utf8(output.stderr).unwrap())
+    };
+    for option in ["--io-uring=auto", "--io-uring=off"] {
+        assert_eq!(start(option, "warn"), (Some(0), 4096, String::new()), "{option}");
+    }
+    let (_, _, told) = start("--io-uring=auto", "info");
+    assert_eq!(told.matches("this kernel has none").count(), 1, "{told}");
+    let (status, read, told) = start("--io-uring=on", "warn");
+    assert_eq!((status, read), (Some(4), 0), "{told}");
+    assert!(told.contains("Linux 6.14") && told.contains("--io-uring off"), "{told}");
 }
