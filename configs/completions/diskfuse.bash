@@ -13,6 +13,7 @@ _diskfuse() {
     --io-uring | --allow-other) words="auto on off" ;;
     --cache) words="auto none writethrough writeback" ;;
     --truncate) words="refuse zero" ;;
+    --on-loss) words="wait exit" ;;
     -o | --options) words="ro rw allow_other uid= gid= remount _netdev nofail" ;;
     --list) words="nbd:// nbds:// nbd+unix:/// nbds+unix:/// nbd+vsock:// nbds+vsock://" ;;
     --tls-certificates)
@@ -34,8 +35,8 @@ _diskfuse() {
         fi
         words="-r --read-only -o --options --io-uring --queue-depth --growable --truncate --cache --kernel-cache
             --read-ahead --direct --allow-other --daemonize --pidfile --run --tls-certificates --connections
-            --connect-timeout --open-timeout --timeout --reconnect-timeout --unflushed --partition --offset --size
-            --list --info --mounts --json -V --version -h --help"
+            --connect-timeout --open-timeout --timeout --reconnect-timeout --on-loss --unflushed --partition --offset
+            --size --list --info --mounts --json -V --version -h --help"
         ;;
     esac
     mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")

@@ -20,6 +20,7 @@ complete -c diskfuse -l connect-timeout -x -d 'until a server counts as unreacha
 complete -c diskfuse -l open-timeout -x -d 'how long to try at the start'
 complete -c diskfuse -l timeout -x -d 'until a connection counts as lost'
 complete -c diskfuse -l reconnect-timeout -x -d 'how long requests wait for a server'
+complete -c diskfuse -l on-loss -x -a 'wait exit' -d 'what to do when the server is lost'
 complete -c diskfuse -l unflushed -x -d 'writes to keep until they are durable'
 complete -c diskfuse -l partition -x -d 'a partition of the disk'
 complete -c diskfuse -l offset -x -d 'where the shown part begins'

@@ -12,8 +12,9 @@
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use polling::Poller;
 use serde::Serialize;
 
 use crate::io::Io;
@@ -113,6 +114,30 @@ pub struct RemoteStats {
     pub hole_requests: u64,
 }
 
+/// A source that cannot be reached, and what becomes of its requests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outage {
+    /// When it was lost.
+    pub since: Instant,
+    /// Requests that wait for it to come back.
+    pub waiting: usize,
+    /// It is there again, and is given so many bytes that it may have forgotten; zero: it is not.
+    pub writing_again: u64,
+    /// Why requests fail; none: they wait.
+    pub failure: Option<Failure>,
+}
+
+/// Why requests fail instead of waiting for a source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// What has happened, in a few words.
+    pub what: String,
+    /// Its cause.
+    pub why: String,
+    /// It will not be otherwise again.
+    pub for_good: bool,
+}
+
 /// A source of bytes, shared by the serving threads.
 pub trait Backend: Send + Sync + 'static {
     /// How one thread reaches the bytes.
@@ -156,6 +181,15 @@ pub trait Backend: Send + Sync + 'static {
     fn stats(&self) -> Option<RemoteStats> {
         None
     }
+
+    /// How it stands with a source that cannot be reached now; none: it can, as far as is known. It
+    /// asks nobody.
+    fn outage(&self) -> Option<Outage> {
+        None
+    }
+
+    /// Who is woken when [`Backend::outage`] changes; set before the first lane is made.
+    fn set_control(&self, _control: Arc<Poller>) {}
 
     /// Makes everything acknowledged durable, blocking, and disconnects from the source; called
     /// once when all serving threads have ended, also where nothing could be written. A source that

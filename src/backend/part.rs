@@ -14,7 +14,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Backend, Capabilities, Lane, RemoteStats, Seek, Stat, Zero};
+use polling::Poller;
+
+use super::{Backend, Capabilities, Lane, Outage, RemoteStats, Seek, Stat, Zero};
 use crate::io::Io;
 
 /// What `stat` counts in, in bytes.
@@ -94,6 +96,14 @@ impl<B: Backend> Backend for Part<B> {
 
     fn hurry(&self) {
         self.whole.hurry();
+    }
+
+    fn outage(&self) -> Option<Outage> {
+        self.whole.outage()
+    }
+
+    fn set_control(&self, control: Arc<Poller>) {
+        self.whole.set_control(control);
     }
 
     fn stats(&self) -> Option<RemoteStats> {

@@ -170,8 +170,10 @@ impl<B: Backend> Export<B> {
         Some(self.reporter.get()?.line(&*self.backend))
     }
 
-    /// Who is woken for [`Export::take_exceeded_size`]; set before the first request.
+    /// Who is woken for [`Export::take_exceeded_size`] and [`Backend::outage`]; set before the
+    /// first request.
     pub fn set_control(&self, control: Arc<Poller>) {
+        self.backend.set_control(control.clone());
         let _ = self.control.set(control);
     }
 

@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::backend::Failure;
 use crate::backend::nbd::uri::Address;
 use crate::backend::nbd::{self, Uri};
 use crate::program::logging;
@@ -112,15 +113,18 @@ impl Server {
         }
     }
 
-    /// Whether it has ended while its disk is served, once; the log is told of it.
-    pub fn has_died(&mut self) -> bool {
-        let Some(status) = self.ended().filter(|_| !self.told) else { return false };
+    /// Its end while its disk is served, if it has come. Who asks tells the log.
+    pub fn death(&mut self) -> Option<Failure> {
+        let status = self.ended()?;
         self.told = true;
-        log::error!(
-            "{}: the server has ended ({status}), requests fail from now on: start diskfuse anew",
-            self.name
-        );
-        true
+        let what = format!("the server has ended ({status})");
+        Some(Failure { what, why: "start diskfuse anew".into(), for_good: true })
+    }
+
+    /// The same, when it has ended its connections: what has died goes on for a moment.
+    pub fn death_soon(&mut self) -> Option<Failure> {
+        until(NEAR, || self.ended().is_some());
+        self.death()
     }
 
     /// How it has ended, if it has.

@@ -83,13 +83,12 @@ fn stand_everywhere() {
             "{more:?} are no options"
         );
     }
-    let mut tests = read(repository("src/cli.rs"));
+    let mut tests = read(repository("src/program/cli/tests.rs"));
     for folder in ["tests/acceptance", "tests/command", "tests/ends", "tests/nbd"] {
         for entry in fs::read_dir(repository(folder)).unwrap() {
             tests += &read(entry.unwrap().path());
         }
     }
-    let (_, tests) = tests.split_once("#[cfg(test)]").expect("they follow the code");
     for option in options {
         let is_tested = [format!("-{option}"), format!("{option}="), format!("{option},")];
         assert!(is_tested.iter().any(|word| tests.contains(word)), "no test has {option}");

@@ -93,6 +93,12 @@ const REFUSALS: &[Refusal] = &[
         ..USAGE
     },
     Refusal {
+        name: "bad_on_loss",
+        words: &["-o", "on-loss=restart", "mem:1M", "{}/disk"],
+        says: &["--on-loss", "wait or exit", "restart"],
+        ..USAGE
+    },
+    Refusal {
         name: "bad_allow_other",
         words: &["--allow-other=x", "mem:1M", "{}/disk"],
         says: &["--allow-other", "auto, on or off"],

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use libc::{EIO, O_DIRECT, O_RDONLY, SIGTERM};
 
 use crate::common::export::Export;
-use crate::common::nbd::{Address, Server};
+use crate::common::nbd::{Address, Server, Starter};
 use crate::common::{Aligned, SOON, assert_errno, eventually, noise, program, succeed};
 use crate::{Bench, SIZE, open};
 
@@ -129,4 +129,64 @@ for file in untouched, durable:
         export.stop(SIGTERM).assert(0, &[]);
         fs::remove_file(bench.sandbox.join("nbd.socket")).unwrap();
     }
+}
+
+/// With `--on-loss exit` the export ends where it would go on with errors only: for a supervisor.
+pub fn lost_server_ends_the_export_if_that_is_wished(bench: &Bench) {
+    let disk = bench.disk(&vec![0; SIZE]);
+    let address = Address::unix(&bench.sandbox);
+    let words = ["file", disk.to_str().unwrap()];
+    let mut starter = Starter::new(&bench.sandbox);
+    let exits = |options: &[&'static str]| [&["--on-loss=exit", "--cache=none"], options].concat();
+
+    // Somebody has the file open, and what he has written is not durable.
+    let mut server = starter.nbdkit(&address, &words);
+    let options = exits(&["--reconnect-timeout=1"]);
+    let mut export = bench.try_export(&address.uri(""), &options).unwrap();
+    let client = open(export.file(), 0);
+    client.write_all_at(b"acknowledged", 100).unwrap();
+    server.kill();
+    assert!(client.read_at(&mut [0; 8], 0).is_err());
+    let ended = export.wait();
+    drop(client);
+    let reasons = ["lost for 1 s", "--on-loss exit", "cannot connect", "writes may be lost"];
+    ended.assert(1, &reasons);
+    assert_eq!(ended.log.matches("--on-loss exit").count(), 1, "{}", ended.log);
+    assert!(!ended.log.contains("requests fail"), "{}", ended.log);
+
+    // Another disk comes back, and nothing is lost.
+    let mut server = starter.nbdkit(&address, &words);
+    let mut export = bench.try_export(&address.uri(""), &exits(&[])).unwrap();
+    server.kill();
+    fs::write(&disk, vec![0; SIZE / 2]).unwrap();
+    let mut server = starter.nbdkit(&address, &words);
+    let ended = export.wait();
+    ended.assert(1, &["another disk is there", "--on-loss exit", "it had"]);
+    assert!(!ended.log.contains("may be lost"), "{}", ended.log);
+
+    // A command is asked to end first.
+    let command =
+        "trap 'printf tidied > tidied; exit 9' TERM; : > ready; while :; do sleep 0.05; done";
+    let command = format!("cd {}; {command}", bench.sandbox.path().display());
+    let options = exits(&["--reconnect-timeout=0"]);
+    let options: Vec<&str> = options.into_iter().chain(["--run", &command]).collect();
+    let mut export = bench.try_export(&address.uri(""), &options).unwrap();
+    eventually("the command", || bench.sandbox.join("ready").exists());
+    server.kill();
+    export.wait().assert(1, &["the connection is lost", "--on-loss exit"]);
+    assert_eq!(fs::read(bench.sandbox.join("tidied")).unwrap(), b"tidied");
+}
+
+/// A server that comes back in time is not lost.
+pub fn server_that_comes_back_in_time_does_not_end_the_export(bench: &Bench) {
+    let disk = bench.disk(&noise(8, SIZE));
+    let address = Address::unix(&bench.sandbox);
+    let words = ["file", disk.to_str().unwrap()];
+    let mut starter = Starter::new(&bench.sandbox);
+    let mut server = starter.nbdkit(&address, &words);
+    let mut export = bench.try_export(&address.uri(""), &["--on-loss=exit"]).unwrap();
+    server.kill();
+    let _server = starter.nbdkit(&address, &words);
+    assert!(fs::read(export.file()).unwrap() == fs::read(&disk).unwrap());
+    export.stop(SIGTERM).assert(0, &["is back after"]);
 }

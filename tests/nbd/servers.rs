@@ -272,6 +272,14 @@ pub fn server_that_dies_fails_all_requests(bench: &Bench) {
     }
 }
 
+pub fn server_that_dies_ends_the_export_if_that_is_wished(bench: &Bench) {
+    let mut export = export(bench, &["nbdkit", "memory", "1M"], &["--on-loss=exit"]);
+    kill_process(pid(server_of(&export)), Signal::KILL).unwrap();
+    let ended = export.wait();
+    ended.assert(1, &["[ nbdkit memory 1M ]: the server has ended (signal: 9", "--on-loss exit"]);
+    assert_eq!(ended.warnings().len(), 1, "{}", ended.log);
+}
+
 /// A way to end an export, and its name.
 type End = (&'static str, fn(&mut Export));
 

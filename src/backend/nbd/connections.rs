@@ -21,10 +21,11 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use event_listener::Event;
+use polling::Poller;
 use slab::Slab;
 use smol::channel::{self, Sender};
 use smol::{Task, Timer, future};
@@ -37,7 +38,7 @@ use super::dial::{Dialer, Export, Opened};
 use super::stream::SystemCalls;
 use super::unflushed::Unflushed;
 use super::wire::transmission_flag;
-use crate::backend::RemoteStats;
+use crate::backend::{Outage, RemoteStats};
 use crate::io::Io;
 use crate::pool;
 
@@ -72,6 +73,8 @@ pub struct Connections {
     waiting: AtomicUsize,
     /// Notified when there is a connection again, or when requests are refused.
     changed: Event,
+    /// Is told of the beginning and the end of an outage.
+    control: OnceLock<Arc<Poller>>,
     /// Held while the disk is brought back.
     bringing_back: Mutex<()>,
     shared: Mutex<Shared>,
@@ -88,6 +91,8 @@ struct Shared {
     is_hurried: bool,
     /// Another disk was found in its place.
     is_another: bool,
+    /// From the loss of the last connection to the return; how many wait is not kept there.
+    outage: Option<Outage>,
     /// Before the first attempt to reach the server again: it is there, and of no use.
     pause: Duration,
     /// Those of connections that are gone.
@@ -134,6 +139,7 @@ impl Connections {
             refuses: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
             changed: Event::new(),
+            control: OnceLock::new(),
             bringing_back: Mutex::default(),
             shared: Mutex::new(Shared {
                 all: vec![Member { connection: first, home: None }],
@@ -142,6 +148,7 @@ impl Connections {
                 is_closed: false,
                 is_hurried: false,
                 is_another: false,
+                outage: None,
                 pause: Duration::ZERO,
                 system_calls: SystemCalls::default(),
                 lost: 0,
@@ -170,6 +177,17 @@ impl Connections {
         stats.connections = shared.all.iter().filter(|one| !one.connection.is_lost()).count();
         stats.lost_connections = shared.lost;
         stats.reconnects = shared.returns;
+    }
+
+    /// How it stands while there is no connection.
+    pub fn outage(&self) -> Option<Outage> {
+        let outage = self.shared().outage.clone()?;
+        Some(Outage { waiting: self.waiting.load(Ordering::Relaxed), ..outage })
+    }
+
+    /// Who is told of the beginning and the end of an outage.
+    pub fn set_control(&self, control: Arc<Poller>) {
+        let _ = self.control.set(control);
     }
 
     /// What was agreed on with the server.

@@ -26,6 +26,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use polling::Poller;
 use smol::Task;
 
 use self::ahead::{Ahead, Reads, Source};
@@ -39,7 +40,7 @@ use self::holes::Sparse;
 use self::unflushed::{Reserved, Unflushed};
 use self::wire::transmission_flag;
 use super::range_lock::RangeLock;
-use super::{Backend, Capabilities, Lane, RemoteStats, Seek, Stat, WaitsFor, Zero};
+use super::{Backend, Capabilities, Lane, Outage, RemoteStats, Seek, Stat, WaitsFor, Zero};
 use crate::io::Io;
 
 pub use self::error::Error;
@@ -237,6 +238,14 @@ impl Backend for NbdBackend {
 
     fn hurry(&self) {
         self.connections.hurry();
+    }
+
+    fn outage(&self) -> Option<Outage> {
+        self.connections.outage()
+    }
+
+    fn set_control(&self, control: Arc<Poller>) {
+        self.connections.set_control(control);
     }
 
     fn stats(&self) -> Option<RemoteStats> {

@@ -8,8 +8,9 @@ use argh::{ArgsInfo, FromArgs};
 use super::mount_options::{MountOptions, split_options};
 use super::server::{GivenServer, SERVER};
 use super::values::{
-    parse_cache, parse_connections, parse_depth, parse_path, parse_read_ahead, parse_seconds,
-    parse_shown_source, parse_size, parse_source, parse_switch, parse_truncate, parse_unflushed,
+    parse_cache, parse_connections, parse_depth, parse_on_loss, parse_path, parse_read_ahead,
+    parse_seconds, parse_shown_source, parse_size, parse_source, parse_switch, parse_truncate,
+    parse_unflushed,
 };
 use super::{CacheWish, Command, Config, Source, Switch, UsageError, usage};
 use crate::backend::nbd;
@@ -140,6 +141,11 @@ pub(super) struct Args {
     #[argh(option, arg_name = "s")]
     pub(super) reconnect_timeout: Option<String>,
 
+    /// what to do when requests would fail because the server is lost: wait, and let them fail until
+    /// it is back, or exit with status 1, so that a supervisor starts anew (wait)
+    #[argh(option, arg_name = "what")]
+    pub(super) on_loss: Option<String>,
+
     /// bytes of acknowledged writes to keep until the NBD server has made them durable, and to
     /// write again if it crashes; 0: fsync tells of the loss (64M)
     #[argh(option, arg_name = "size")]
@@ -171,7 +177,7 @@ pub(super) struct Args {
 }
 
 /// The options that take a value, for `name=value`.
-pub(super) const WITH_VALUE: [&str; 18] = [
+pub(super) const WITH_VALUE: [&str; 19] = [
     "partition",
     "offset",
     "size",
@@ -189,6 +195,7 @@ pub(super) const WITH_VALUE: [&str; 18] = [
     "open-timeout",
     "timeout",
     "reconnect-timeout",
+    "on-loss",
     "unflushed",
 ];
 /// The options that take none.
@@ -358,6 +365,7 @@ impl Args {
             daemonize: self.daemonize,
             pidfile: self.pidfile.map(|path| parse_path("--pidfile", &path)).transpose()?,
             run: self.run,
+            on_loss: parse_on_loss(self.on_loss.as_deref())?,
             remote,
         }))
     }

@@ -28,6 +28,15 @@ pub enum Switch {
     Off,
 }
 
+/// What is done when requests would fail because the source is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnLoss {
+    /// They fail, and succeed again if it comes back.
+    Wait,
+    /// The export ends.
+    Exit,
+}
+
 /// What is asked of the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheWish {
@@ -103,6 +112,8 @@ pub struct Config {
     pub pidfile: Option<PathBuf>,
     /// Serve while this shell command runs.
     pub run: Option<String>,
+    /// When requests would fail because the source is lost.
+    pub on_loss: OnLoss,
     /// How to reach a remote source.
     pub remote: nbd::Options,
 }

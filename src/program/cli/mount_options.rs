@@ -96,6 +96,7 @@ impl Args {
             ("open-timeout", Some(value)) => self.open_timeout = Some(value.into()),
             ("timeout", Some(value)) => self.timeout = Some(value.into()),
             ("reconnect-timeout", Some(value)) => self.reconnect_timeout = Some(value.into()),
+            ("on-loss", Some(value)) => self.on_loss = Some(value.into()),
             ("unflushed", Some(value)) => self.unflushed = Some(value.into()),
             ("truncate", Some(value)) => self.truncate = Some(value.into()),
             ("io-uring", Some(value)) => self.io_uring = Some(value.into()),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::server::{GivenServer, SERVER};
-use super::{CacheWish, Source, Switch, UsageError, usage};
+use super::{CacheWish, OnLoss, Source, Switch, UsageError, usage};
 use crate::backend::nbd::Uri;
 use crate::export::{Cache, Truncate};
 
@@ -37,6 +37,14 @@ pub(super) fn parse_truncate(value: Option<&str>) -> Result<Truncate, UsageError
         None | Some("refuse") => Ok(Truncate::Refuse),
         Some("zero") => Ok(Truncate::Zero),
         Some(other) => Err(usage(format!("--truncate is refuse or zero, not {other:?}"))),
+    }
+}
+
+pub(super) fn parse_on_loss(value: Option<&str>) -> Result<OnLoss, UsageError> {
+    match value {
+        None | Some("wait") => Ok(OnLoss::Wait),
+        Some("exit") => Ok(OnLoss::Exit),
+        Some(other) => Err(usage(format!("--on-loss is wait or exit, not {other:?}"))),
     }
 }
 

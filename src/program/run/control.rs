@@ -20,7 +20,7 @@ use crate::backend::Backend;
 use crate::export::{Cache, Export};
 use crate::mount::Mount;
 use crate::mount::errands::{Errand, Running};
-use crate::program::cli::Config;
+use crate::program::cli::{Config, OnLoss};
 use crate::program::daemon::{Background, Pidfile};
 use crate::program::failure::Failure;
 use crate::program::logging;
@@ -76,6 +76,13 @@ pub(super) struct Control {
     pub(super) closed: Arc<AtomicBool>,
     /// A thread was left at work that does not come to an end.
     pub(super) is_abandoned: bool,
+    /// In the user's words.
+    pub(super) source: String,
+    pub(super) on_loss: OnLoss,
+    /// The log knows that requests fail.
+    pub(super) failure_is_told: bool,
+    /// Why the export has been ended, if it was for the loss of its source.
+    pub(super) lost: Option<String>,
 }
 
 /// The sources that are watched.
@@ -83,7 +90,8 @@ const SIGNALS: usize = 0;
 const MOUNTS: usize = 1;
 
 impl Control {
-    pub(super) fn new(source: String, became_io_flusher: bool) -> io::Result<Control> {
+    pub(super) fn new(config: &Config, became_io_flusher: bool) -> io::Result<Control> {
+        let source = config.words.clone();
         let signals = Signals::take()?;
         let mounts = File::open("/proc/self/mountinfo")?;
         let poller = Arc::new(Poller::new()?);
@@ -93,7 +101,10 @@ impl Control {
         Ok(Control {
             poller,
             signals,
-            report: Box::new(move || format!("{source}: nothing is served yet")),
+            report: {
+                let source = source.clone();
+                Box::new(move || format!("{source}: nothing is served yet"))
+            },
             service: Service::of_environment(),
             mounts,
             became_io_flusher,
@@ -104,6 +115,10 @@ impl Control {
             stop: None,
             closed: Arc::default(),
             is_abandoned: false,
+            source,
+            on_loss: config.on_loss,
+            failure_is_told: false,
+            lost: None,
         })
     }
 
@@ -179,7 +194,9 @@ impl Control {
         let (sender, receiver) = mpsc::channel();
         let (flushing, poller) = (export.clone(), self.poller.clone());
         let is_by_signal = self.stop.as_ref().is_some_and(|stop| stop.is_by_signal);
-        let patience = if is_by_signal { AWAY } else { config.remote.reconnect_timeout };
+        // A source that is lost has been waited for already.
+        let is_hurried = is_by_signal || self.lost.is_some();
+        let patience = if is_hurried { AWAY } else { config.remote.reconnect_timeout };
         let work = move || {
             let _ = sender.send(flushing.last_flush(patience));
             let _ = poller.notify();
@@ -337,9 +354,7 @@ impl Control {
                 status = ended;
                 self.stop.get_or_insert_with(|| Stop::now(&self.closed));
             }
-            if self.server.as_mut().is_some_and(Server::has_died) {
-                export.backend().hurry();
-            }
+            self.follow_source(export);
             if session.reap_failed() {
                 failed = true;
                 if let Some(mount) = &mount {

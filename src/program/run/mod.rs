@@ -5,6 +5,7 @@
 //! may not.
 
 mod control;
+mod loss;
 mod stop;
 
 use std::io;
@@ -53,7 +54,7 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
     };
     let given_up = privileges::give_up(config.run.is_some(), server.is_some());
     // So that all of them leave these signals to the control thread.
-    let mut control = Control::new(config.words.clone(), matches!(io_flusher, Ok(true)))
+    let mut control = Control::new(config, matches!(io_flusher, Ok(true)))
         .map_err(|e| Failure::Serving(format!("signals: {e}")))?;
     control.server = server;
     // Nothing is logged before this: it might not be read.
@@ -316,14 +317,16 @@ fn serve<B: Backend>(
     // What others have written meanwhile is flushed in every case.
     let flushed = control.last_flush(config, &export);
     control.end_server();
-    let result = match (announced, flushed) {
-        (Err(failure), flushed) => {
-            if let Err(also) = flushed {
+    let served = flushed.and_then(|()| verdict(config, &export, &ended));
+    let lost = control.lost.take().map_or(Ok(()), |why| Err(Failure::Serving(why)));
+    let result = match (announced.and(lost), served) {
+        (Err(failure), served) => {
+            if let Err(also) = served {
                 log::error!("{also}");
             }
             Err(failure)
         }
-        (Ok(()), flushed) => flushed.and_then(|()| verdict(config, &export, &ended)),
+        (Ok(()), served) => served,
     };
     let result = result.map(|()| ended.status);
     if ended.abandoned || control.is_abandoned {

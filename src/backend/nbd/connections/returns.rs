@@ -24,6 +24,7 @@ use super::super::connection::Connection;
 use super::super::unflushed::Change;
 use super::super::wire::transmission_flag;
 use super::{Connections, Member, Shared};
+use crate::backend::{Failure, Outage};
 
 /// The pause after the first attempt to reach a server again, and the longest: each is twice the
 /// one before, and up to half longer or shorter, so that not all clients of a server come at once.
@@ -60,9 +61,10 @@ impl Connections {
             log::warn!("{uri}: a connection is lost, {left} more go on: {reason}");
             return self.may_open.store(shared.most > left, Ordering::Release);
         }
+        let outage = Outage { since: Instant::now(), waiting: 0, writing_again: 0, failure: None };
+        shared.outage.get_or_insert(outage);
         if self.reconnect_timeout.is_zero() || shared.is_hurried {
-            log::error!("{uri}: the connection is lost, requests fail from now on: {reason}");
-            return self.refuse();
+            return self.fail(&mut shared, "the connection is lost", reason, true);
         }
         let limit = self.reconnect_timeout.as_secs_f32();
         log::warn!(
@@ -76,8 +78,25 @@ impl Connections {
         let connections = self.clone();
         let dial = move || connections.dial_until_it_is_back(pause);
         if let Err(e) = std::thread::Builder::new().name("redial".into()).spawn(dial) {
-            log::error!("{uri}: requests fail from now on: no thread: {e}");
-            self.refuse();
+            let what = "there is no thread to reach the server again";
+            self.fail(&mut shared, what, &e.to_string(), true);
+        }
+        self.wake_control();
+    }
+
+    /// Requests fail, and the control thread tells why.
+    fn fail(&self, shared: &mut Shared, what: &str, why: &str, for_good: bool) {
+        if let Some(outage) = &mut shared.outage {
+            let (what, why) = (what.into(), why.into());
+            outage.failure = Some(Failure { what, why, for_good });
+        }
+        self.refuse();
+        self.wake_control();
+    }
+
+    fn wake_control(&self) {
+        if let Some(Err(e)) = self.control.get().map(|control| control.notify()) {
+            log::error!("the control thread cannot be woken: {e}");
         }
     }
 
@@ -108,19 +127,18 @@ impl Connections {
             let why = match self.bring_back(limit, lost) {
                 Ok(()) | Err(Absence::Over) => return,
                 Err(Absence::Another(difference)) => {
-                    self.shared().is_another = true;
-                    log::error!(
-                        "{uri}: another disk is there, requests fail from now on: {difference}"
-                    );
-                    return self.refuse();
+                    let mut shared = self.shared();
+                    shared.is_another = true;
+                    return self.fail(&mut shared, "another disk is there", &difference, true);
                 }
                 Err(Absence::NotYet(why)) => why,
             };
             log::debug!("{uri}: not back yet: {why}");
             let left = self.reconnect_timeout.saturating_sub(lost.elapsed());
             if left.is_zero() && !refuses {
-                log::error!("{uri}: requests fail until the server is back: {why}");
-                self.refuse();
+                let limit = self.reconnect_timeout.as_secs_f32();
+                let what = format!("the connection has been lost for {limit} s");
+                self.fail(&mut self.shared(), &what, &why, false);
             }
             let random = pause.mul_f64(0.5 + fastrand::f64());
             std::thread::sleep(if left.is_zero() { random } else { random.min(left) });
@@ -152,6 +170,7 @@ impl Connections {
         self.may_open.store(shared.most > 1, Ordering::Release);
         shared.all.push(Member { connection, home: None });
         shared.returns += 1;
+        shared.outage = None;
         shared.find_homes();
         self.version.fetch_add(1, Ordering::Release);
         self.refuses.store(false, Ordering::SeqCst);
@@ -163,6 +182,7 @@ impl Connections {
         );
         drop(shared);
         self.changed.notify(usize::MAX);
+        self.wake_control();
         Ok(())
     }
 
@@ -172,6 +192,7 @@ impl Connections {
         let Some(again) = self.unflushed.take() else { return Ok(0) };
         let commands = Commands::over(connection.clone());
         let bytes = again.changes().map(|(_, change)| change.length()).sum();
+        self.writing_again(bytes);
         let work = async {
             let mut changes = again.changes();
             loop {
@@ -187,7 +208,9 @@ impl Connections {
                 all(some.into_iter().map(write)).await?;
             }
         };
-        match connection.run_blocking(work, Instant::now() + LAST_FLUSH_LIMIT) {
+        let written = connection.run_blocking(work, Instant::now() + LAST_FLUSH_LIMIT);
+        self.writing_again(0);
+        match written {
             Ok(()) => {
                 self.unflushed.is_durable(again);
                 Ok(bytes)
@@ -205,6 +228,13 @@ impl Connections {
                 Ok(0)
             }
         }
+    }
+
+    fn writing_again(&self, bytes: u64) {
+        if let Some(outage) = &mut self.shared().outage {
+            outage.writing_again = bytes;
+        }
+        self.wake_control();
     }
 
     /// The end: one more attempt to reach a server that is gone, for as long as `patience`, and to
