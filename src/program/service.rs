@@ -41,6 +41,11 @@ impl Service {
         self.tell(&[NotifyState::Ready, process, NotifyState::Status(status)]);
     }
 
+    /// How it stands.
+    pub fn status(&self, status: &str) {
+        self.tell(&[NotifyState::Status(status)]);
+    }
+
     /// It is about to end.
     pub fn stopping(&mut self) {
         if !std::mem::replace(&mut self.is_stopping, true) {

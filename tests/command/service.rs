@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use libtest_mimic::Trial;
 
 use crate::common::export::{Export, binary};
+use crate::common::nbd::{Address, Starter};
 use crate::common::sandbox::Sandbox;
 use crate::common::suite::trial;
 use crate::common::{SOON, eventually, program, succeed};
@@ -15,6 +16,7 @@ use crate::common::{SOON, eventually, program, succeed};
 pub fn trials() -> Vec<Trial> {
     vec![
         trial("systemd/is_told_the_beginning_and_the_end".into(), vec!["fuse"], told),
+        trial("systemd/is_told_of_a_lost_server".into(), vec!["fuse", "nbd", "nbdkit"], lost),
         trial("systemd/watchdog_is_fed_while_connecting".into(), vec!["nbd"], fed),
         trial("systemd/units_are_well_formed".into(), vec!["systemd-analyze"], well_formed),
         trial("systemd/unit_hides_no_mount".into(), vec![], hides_nothing),
@@ -78,6 +80,45 @@ fn told() {
     let (message, _) = manager.hear_of("STATUS=flushing what was written");
     assert!(message.iter().any(|line| line.starts_with("EXTEND_TIMEOUT_USEC=")), "{message:?}");
     export.wait().assert(0, &[]);
+}
+
+/// The server's loss, its lasting, that requests fail, and its return.
+fn lost() {
+    let sandbox = Sandbox::new();
+    let manager = Manager::new(&sandbox);
+    let address = Address::unix(&sandbox);
+    let mut starter = Starter::new(&sandbox);
+    let mut server = starter.nbdkit(&address, &["memory", "1M"]);
+    let tune = |command: &mut Command| Manager::tune(&sandbox, command);
+    let options = ["--reconnect-timeout=1"];
+    let mut export = Export::try_start(&address.uri(""), &sandbox.join("disk"), &options, tune)
+        .unwrap_or_else(|ended| panic!("{}", ended.log));
+    let serving = format!("{} is at {}", address.uri(""), export.file().display());
+    manager.hear_of("READY=1");
+    server.kill();
+    let hear_status = || loop {
+        let message = manager.hear();
+        if let Some(status) = message.iter().find_map(|line| line.strip_prefix("STATUS=")) {
+            assert_eq!(message.len(), 1, "{message:?}");
+            return status.to_owned();
+        }
+    };
+    // How many seconds it is ago.
+    let seconds = |status: &str, what: &str| {
+        let rest = status.strip_prefix("server lost ").and_then(|s| s.strip_suffix(what));
+        rest.unwrap_or_else(|| panic!("{status}")).parse::<u64>().unwrap()
+    };
+    seconds(&hear_status(), " s ago, 0 requests wait");
+    let mut status = hear_status();
+    while status.ends_with(" wait") {
+        status = hear_status();
+    }
+    let first = seconds(&status, " s ago, requests fail");
+    // It is told again while it lasts.
+    assert!(seconds(&hear_status(), " s ago, requests fail") > first);
+    let _server = starter.nbdkit(&address, &["memory", "1M"]);
+    while hear_status() != serving {}
+    export.stop(libc::SIGTERM).assert(0, &["is back after"]);
 }
 
 /// By a server that says nothing.

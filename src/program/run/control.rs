@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use polling::{Event, Events, Poller};
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::loss::Told;
 use super::stop::{RETRY, Stop};
 use crate::backend::Backend;
 use crate::export::{Cache, Export};
@@ -79,8 +80,9 @@ pub(super) struct Control {
     /// In the user's words.
     pub(super) source: String,
     pub(super) on_loss: OnLoss,
-    /// The log knows that requests fail.
-    pub(super) failure_is_told: bool,
+    /// What is where, for the service manager.
+    pub(super) serving: String,
+    pub(super) told: Told,
     /// Why the export has been ended, if it was for the loss of its source.
     pub(super) lost: Option<String>,
 }
@@ -117,7 +119,8 @@ impl Control {
             is_abandoned: false,
             source,
             on_loss: config.on_loss,
-            failure_is_told: false,
+            serving: String::new(),
+            told: Told::default(),
             lost: None,
         })
     }
@@ -282,7 +285,8 @@ impl Control {
         if let Some(background) = background {
             background.ready().map_err(|e| Failure::Serving(format!("background: {e}")))?;
         }
-        self.service.ready(&format!("{} is at {}", config.words, mount.path().display()));
+        self.serving = format!("{} is at {}", config.words, mount.path().display());
+        self.service.ready(&self.serving);
         if let Some(command) = &config.run {
             let mut shell = Command::new("/bin/sh");
             shell.arg("-c").arg(command).env("DISKFUSE_FILE", mount.path());
@@ -354,7 +358,7 @@ impl Control {
                 status = ended;
                 self.stop.get_or_insert_with(|| Stop::now(&self.closed));
             }
-            self.follow_source(export);
+            let next_look = self.follow_source(export);
             if session.reap_failed() {
                 failed = true;
                 if let Some(mount) = &mount {
@@ -403,7 +407,8 @@ impl Control {
                 }
             }
             let looks = self.stop.is_some() || is_detached || last_requests.is_some();
-            let timeout = (looks && mount.is_some()).then_some(RETRY);
+            let retry = (looks && mount.is_some()).then_some(RETRY);
+            let timeout = retry.or(next_look);
             let signal = self.wait(timeout).unwrap_or_else(|e| {
                 log::error!("the control thread cannot wait: {e}");
                 std::thread::sleep(RETRY);
