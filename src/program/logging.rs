@@ -1,7 +1,9 @@
 //! What is said to people: on stderr, or to syslog once the process is in the background.
 //!
 //! Where many programs' lines stand beside each other, in syslog and in the journal, each has its
-//! level, and the name of the export; the time and the process are theirs to add.
+//! level; the time and the process are theirs to add. Each has the name of the export, wherever it
+//! goes: there may be many on one machine, and one file for the stderr of all. (What RUST_LOG asks
+//! for on stderr is for whoever watches one.)
 //!
 //! Nobody waits for a reader. A pipe that nobody drains, or a stuck /dev/log, blocks whoever writes
 //! to it, so as soon as there is something to serve one thread does all the writing
@@ -90,11 +92,12 @@ fn write(level: Level, message: &str) {
         JOURNAL => _ = writeln!(io::stderr(), "<{}>{named}", priority(level)),
         _ => _ = writeln!(io::stderr(), "diskfuse: {message}"),
     }
+        _ if level <= Level::Warn => _ = writeln!(io::stderr(), "diskfuse: {named}"),
 }
 
 /// The message with the export's name in it.
 fn named<'a>(message: &'a str, name: Option<&str>) -> Cow<'a, str> {
-    match name.filter(|name| !message.contains(name)) {
+    match name.filter(|name| !has_word(message, name)) {
         Some(name) => Cow::Owned(format!("{name}: {message}")),
         None => Cow::Borrowed(message),
     }
@@ -102,6 +105,15 @@ fn named<'a>(message: &'a str, name: Option<&str>) -> Cow<'a, str> {
 
 /// As syslog(3) counts.
 fn priority(level: Level) -> libc::c_int {
+/// Whether the text has the name as a word of its own: `disk` is not in `/mnt/disk2: lost`.
+fn has_word(text: &str, name: &str) -> bool {
+    let is_end = |c: Option<char>| c.is_none_or(|c| c.is_whitespace() || ":,;()'\"".contains(c));
+    text.match_indices(name).any(|(at, _)| {
+        let (before, after) = (&text[..at], &text[at + name.len()..]);
+        is_end(before.chars().next_back()) && is_end(after.chars().next())
+    })
+}
+
     match level {
         Level::Error => libc::LOG_ERR,
         Level::Warn => libc::LOG_WARNING,
@@ -281,3 +293,6 @@ mod tests {
         }
     }
 }
+        assert_eq!(named("/mnt/disk: lost", Some("disk")), "disk: /mnt/disk: lost");
+        assert_eq!(named("disk2: lost", Some("disk")), "disk: disk2: lost");
+        assert_eq!(named("(disk, disk2)", Some("disk")), "(disk, disk2)");

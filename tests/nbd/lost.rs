@@ -153,6 +153,10 @@ pub fn lost_server_ends_the_export_if_that_is_wished(bench: &Bench) {
     ended.assert(1, &reasons);
     assert_eq!(ended.log.matches("--on-loss exit").count(), 1, "{}", ended.log);
     assert!(!ended.log.contains("requests fail"), "{}", ended.log);
+    // Each line says of which export it is, and none is a terminal's.
+    let uri = address.uri("");
+    assert!(ended.warnings().iter().all(|line| line.contains(&uri)), "{}", ended.log);
+    assert!(!ended.log.contains('\x1b'), "{}", ended.log);
 
     // Another disk comes back, and nothing is lost.
     let mut server = starter.nbdkit(&address, &words);

@@ -47,7 +47,6 @@ enum Absence {
 impl Connections {
     /// A connection is lost: it has been reset, and its requests look for another.
     pub(super) fn lost(self: &Arc<Self>, connection: &Arc<Connection>, reason: &str) {
-        let uri = self.dialer.uri();
         let mut shared = self.shared();
         shared.lost += 1;
         shared.all.retain(|member| !Arc::ptr_eq(&member.connection, connection));
@@ -58,7 +57,7 @@ impl Connections {
         }
         if !shared.all.is_empty() {
             let left = shared.all.len();
-            log::warn!("{uri}: a connection is lost, {left} more go on: {reason}");
+            log::warn!("a connection is lost, {left} more go on: {reason}");
             return self.may_open.store(shared.most > left, Ordering::Release);
         }
         let outage = Outage { since: Instant::now(), waiting: 0, writing_again: 0, failure: None };
@@ -68,7 +67,7 @@ impl Connections {
         }
         let limit = self.reconnect_timeout.as_secs_f32();
         log::warn!(
-            "{uri}: the connection is lost, requests wait up to {limit} s for the server: {reason}"
+            "the connection is lost, requests wait up to {limit} s for the server: {reason}"
         );
         let pause = match connection.has_answered() {
             true => Duration::ZERO,
@@ -116,7 +115,6 @@ impl Connections {
     }
 
     fn dial_until_it_is_back(self: Arc<Self>, first: Duration) {
-        let uri = self.dialer.uri();
         let lost = Instant::now();
         std::thread::sleep(first);
         let mut pause = PAUSES.0;
@@ -133,7 +131,7 @@ impl Connections {
                 }
                 Err(Absence::NotYet(why)) => why,
             };
-            log::debug!("{uri}: not back yet: {why}");
+            log::debug!("not back yet: {why}");
             let left = self.reconnect_timeout.saturating_sub(lost.elapsed());
             if left.is_zero() && !refuses {
                 let limit = self.reconnect_timeout.as_secs_f32();
@@ -176,8 +174,7 @@ impl Connections {
         self.refuses.store(false, Ordering::SeqCst);
         let waiting = self.waiting.load(Ordering::SeqCst);
         log::warn!(
-            "{}: the server is back after {:.1} s: {again} bytes written again, {waiting} requests have waited",
-            self.dialer.uri(),
+            "the server is back after {:.1} s: {again} bytes written again, {waiting} requests have waited",
             lost.elapsed().as_secs_f32()
         );
         drop(shared);
@@ -220,10 +217,7 @@ impl Connections {
                 Err(e)
             }
             Err(e) => {
-                log::error!(
-                    "{}: acknowledged writes are lost with the server: {e}",
-                    self.dialer.uri()
-                );
+                log::error!("acknowledged writes are lost with the server: {e}");
                 self.unflushed.is_lost(again);
                 Ok(0)
             }
