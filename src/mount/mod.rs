@@ -200,6 +200,11 @@ impl Mount {
         entries_above(&entries_at(&mountinfo, &place.path_now()), then.device)
     }
 
+    /// Whether nobody outside of this mount namespace sees it.
+    pub fn is_hidden(&self) -> bool {
+        self.seen.as_ref().is_some_and(|seen| table::is_hidden(seen.device))
+    }
+
     /// Lets the kernel read so many bytes ahead of those that read in order through the page cache.
     /// Root's to do.
     pub fn set_read_ahead(&self, bytes: u64) -> io::Result<()> {

@@ -9,6 +9,10 @@ use std::path::{Path, PathBuf};
 use super::FS_TYPE;
 
 pub(super) const MOUNTINFO: &str = "/proc/self/mountinfo";
+/// What the machine sees, or the container: everybody may read it, unlike what tells namespaces
+/// apart.
+const MOUNTINFO_OF_INIT: &str = "/proc/1/mountinfo";
+
 /// A mount of this program, of whichever process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mounted {
@@ -41,6 +45,22 @@ pub(super) fn all_in(mountinfo: &[u8]) -> Vec<Mounted> {
     mounted.collect()
 }
 
+/// Whether nobody outside of this process's mount namespace sees the mounts of the file system
+/// `device`, which are there for few then: where process 1 sees none of them, as after
+/// `unshare --mount`, or in a unit of systemd that is given a namespace of its own. In a container
+/// process 1 is the container's. Where that cannot be looked at (`ProtectProc=`), it is so if they
+/// are on a mount that has its events from another namespace and sends none back.
+pub(super) fn is_hidden(device: u64) -> bool {
+    let is_of_device = |entry: &Entry| entry.device == device;
+    let seen_by_init = fs::read(MOUNTINFO_OF_INIT).unwrap_or_default();
+    if !seen_by_init.is_empty() {
+        return !entries(&seen_by_init).iter().any(is_of_device);
+    }
+    let here = entries(&fs::read(MOUNTINFO).unwrap_or_default());
+    let below = here.iter().find(|entry| is_of_device(entry)).map(|entry| entry.parent);
+    here.iter().any(|entry| Some(entry.id) == below && entry.is_slave)
+}
+
 /// A line of /proc/self/mountinfo.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
@@ -54,6 +74,8 @@ pub(super) struct Entry {
     pub(super) source: String,
     /// The file system, not only the mount: as when it is exported read-only.
     pub(super) is_read_only: bool,
+    /// Mounts come to it from another mount, and none go back.
+    pub(super) is_slave: bool,
 }
 
 /// What is mounted on `path`, the topmost if several are.
@@ -84,6 +106,7 @@ pub(super) fn entries(mountinfo: &[u8]) -> Vec<Entry> {
             fs_type: text(separator + 1)?,
             source: text(separator + 2)?,
             is_read_only: text(separator + 3)?.split(',').any(|option| option == "ro"),
+            is_slave: fields[6..separator.max(6)].iter().any(|f| f.starts_with(b"master:")),
         })
     };
     mountinfo.split(|&b| b == b'\n').filter_map(parse).collect()

@@ -15,9 +15,9 @@ fn finds_a_mount_by_its_path_with_spaces() {
     let found = entries_at(MOUNTS, Path::new("/tmp/a b"));
     let (fs_type, source) = (FS_TYPE.to_owned(), "/img x".to_owned());
     let device = rustix::fs::makedev(0, 50);
-    let is_read_only = false;
+    let (is_read_only, is_slave) = (false, false);
     let path = "/tmp/a b".into();
-    let entry = Entry { path, id: 40, parent: 22, device, fs_type, source, is_read_only };
+    let entry = Entry { path, id: 40, parent: 22, device, fs_type, source, is_read_only, is_slave };
     assert_eq!(found, [entry]);
 }
 

@@ -5,6 +5,7 @@ mod common;
 mod completions;
 mod daemon;
 mod helper;
+mod hidden;
 mod logs;
 mod mounts;
 mod package;
@@ -421,7 +422,7 @@ fn main() -> ExitCode {
     ];
     let elsewhere = processes::trials().into_iter().chain(signals::trials());
     let elsewhere = elsewhere.chain(daemon::trials()).chain(helper::trials());
-    let elsewhere = elsewhere.chain(mounts::trials());
+    let elsewhere = elsewhere.chain(mounts::trials()).chain(hidden::trials());
     let elsewhere = elsewhere.chain(logs::trials()).chain(service::trials());
     let elsewhere = elsewhere.chain(completions::trials()).chain(package::trials());
     let trials: Vec<Trial> = refusals.chain(others).chain(elsewhere).collect();

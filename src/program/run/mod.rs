@@ -308,6 +308,14 @@ fn serve<B: Backend>(
         control.stop_at_once();
     }
     let ended = control.supervise(session, mount, &export);
+    // A command of --run sees it.
+    if config.run.is_none() && mount.is_hidden() {
+        log::warn!(
+            "{}: seen in this mount namespace only, others have what is beneath it: leave out the unit's PrivateTmp=, \
+             ProtectSystem= and their like, or use unshare --propagation unchanged",
+            mount.path().display()
+        );
+    }
     if let Some(pidfile) = &pidfile {
         pidfile.ending();
     }
