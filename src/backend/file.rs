@@ -45,6 +45,8 @@ pub struct Options {
     pub read_only: bool,
     /// Bypass the page cache.
     pub direct: bool,
+    /// Warn if it cannot be written.
+    pub wants_writes: bool,
 }
 
 /// A local source could not be opened: what, why, and what to do about it.
@@ -129,7 +131,12 @@ impl FileBackend {
         if let Some(why) = why_not_writable(&opened)
             && !read_only
         {
-            log::info!("{} cannot be written ({why}): read-only", path.display());
+            let level = if options.wants_writes { log::Level::Warn } else { log::Level::Info };
+            log::log!(
+                level,
+                "{}: shown read-only, it cannot be written: {why} (make it writable, or say -o ro)",
+                path.display()
+            );
             read_only = true;
             opened = open(false, 0);
         }
@@ -693,7 +700,7 @@ mod tests {
     /// A file of /proc has nothing to sync, and says so.
     #[test]
     fn what_is_read_only_is_not_synced() {
-        let options = Options { read_only: true, direct: false };
+        let options = Options { read_only: true, ..Options::default() };
         let backend = FileBackend::open(Path::new("/proc/self/status"), options).unwrap();
         assert!(backend.file.sync_all().is_err());
         backend.last_flush(Duration::ZERO).unwrap();

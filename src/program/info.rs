@@ -36,7 +36,7 @@ pub struct LocalInfo {
 impl LocalInfo {
     /// Says what `path` is, without locking out who wants to write.
     pub fn look_at(path: &Path) -> Result<LocalInfo, OpenError> {
-        let options = Options { read_only: true, direct: false };
+        let options = Options { read_only: true, ..Options::default() };
         let backend = FileBackend::open(path, options)?;
         let name = path.display().to_string();
         let info = LocalInfo::of(name, &backend)

@@ -294,7 +294,7 @@ impl Args {
             _ if json => return Err(usage("--json goes with --info, --list and --mounts")),
             _ => {}
         }
-        let read_only = self.read_only || mount.read_only;
+        let read_only = self.read_only || mount.read_only == Some(true);
         if mount.remount {
             // mount(8) gives fstab's or the kernel's other options too, which hold already.
             return match (&self.operands[..], &self.run) {
@@ -350,6 +350,7 @@ impl Args {
             words,
             mountpoint,
             read_only,
+            wants_writes: !read_only && mount.read_only == Some(false),
             part,
             io_uring: parse_switch("--io-uring", self.io_uring.as_deref(), Switch::Auto)?,
             queue_depth: self.queue_depth.as_deref().map(parse_depth).transpose()?,

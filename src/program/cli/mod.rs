@@ -82,6 +82,8 @@ pub struct Config {
     pub mountpoint: Option<PathBuf>,
     /// Never write to the source.
     pub read_only: bool,
+    /// It is said if it cannot be written: `-o rw`, which mount(8) gives by itself.
+    pub wants_writes: bool,
     /// The part of the source that is shown; none: all of it.
     pub part: Option<Wanted>,
     /// FUSE over io_uring.

@@ -51,8 +51,8 @@ pub(super) struct MountOptions {
     pub(super) remount: bool,
     /// An option that the kernel shows of a mount, which mount(8) gives back to remount it.
     pub(super) of_kernel: Option<String>,
-    /// The last of ro and rw. It cannot take back --read-only.
-    pub(super) read_only: bool,
+    /// The last of ro and rw, if there is one. It cannot take back --read-only.
+    pub(super) read_only: Option<bool>,
     pub(super) uid: Option<u32>,
     pub(super) gid: Option<u32>,
 }
@@ -71,8 +71,8 @@ impl Args {
             value.parse().map_err(|_| usage(format!("-o {option}: {value} is not a number")))
         };
         match (name, value) {
-            ("ro", None) => mount.read_only = true,
-            ("rw", None) => mount.read_only = false,
+            ("ro", None) => mount.read_only = Some(true),
+            ("rw", None) => mount.read_only = Some(false),
             ("remount", None) => mount.remount = true,
             ("allow_other", None) => self.allow_other = Some("on".into()),
             ("uid", Some(value)) => mount.uid = Some(number(value)?),

@@ -92,7 +92,8 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
             serve_part(config, backend, control, background)
         }
         Source::Path(path) => {
-            let options = file::Options { read_only: config.read_only, direct: config.direct };
+            let Config { read_only, direct, wants_writes, .. } = *config;
+            let options = file::Options { read_only, direct, wants_writes };
             let named = path.clone();
             let open = move || {
                 let backend = FileBackend::open(&path, options)?;
@@ -254,6 +255,13 @@ fn serve<B: Backend>(
         keep_cache: config.kernel_cache,
         allow_other,
         uid: config.uid.unwrap_or(uid),
+    // Local sources have a reason of their own, which was told.
+    if config.wants_writes && read_only && !matches!(config.source, Source::Path(_)) {
+        log::warn!(
+            "{}: shown read-only, the server exports it so (change that there, or say -o ro)",
+            config.words
+        );
+    }
         gid: config.gid.unwrap_or(gid),
     };
     let export = Export::new(backend, policy, control.closed.clone())
