@@ -204,7 +204,7 @@ impl Session {
             };
             session
                 .spawn(format!("fuse-{i}"), ended, move || worker.run())
-                .map_err(|e| format!("a thread cannot be started: {e}"))?;
+                .map_err(|e| no_thread(&e))?;
         }
         let transport = if by_ring { Transport::Uring } else { Transport::Legacy };
         let queue_depth = if by_ring { ring_depth } else { worker_depth };
@@ -253,7 +253,7 @@ impl Session {
             };
             let report = report.clone();
             self.spawn(format!("ring-{cpu}"), ended, move || thread.run(report, receiver))
-                .map_err(|e| format!("a thread cannot be started: {e}"))?;
+                .map_err(|e| no_thread(&e))?;
         }
         drop(report);
         // The first failure ends it: dropping `proceed` ends the threads that are ready.
@@ -372,6 +372,11 @@ fn not_offered() -> String {
         Ok(_) => "the kernel did not offer it".into(),
         Err(_) => "this kernel has none (Linux 6.14 with CONFIG_FUSE_IO_URING is needed)".into(),
     }
+}
+
+/// Why there is no thread, and the cure.
+fn no_thread(e: &io::Error) -> String {
+    format!("a thread cannot be started: {e} (a larger ulimit -u, or pids.max of its cgroup)")
 }
 
 /// Why there is no ring, and the cure.

@@ -65,7 +65,7 @@ impl Mountpoint {
                 ));
             }
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied && is_mounted(path) => {
-                return Err(fail("already mounted by another user"));
+                return Err(fail("already mounted by another user: choose another MOUNTPOINT"));
             }
             Err(e) => return Err(fail(&e.to_string())),
         };
@@ -85,10 +85,16 @@ impl Mountpoint {
         let mut mountpoint = Mountpoint { place, created };
         match mountinfo_entry(mountpoint.place.path()).map_err(|e| fail(&e.to_string()))? {
             Some(entry) if entry.fs_type == FS_TYPE => {
-                return Err(fail(&format!("already served, as {}", entry.source)));
+                return Err(fail(&format!(
+                    "already served, as {} (unmount it first, or choose another MOUNTPOINT)",
+                    entry.source
+                )));
             }
             Some(entry) => {
-                return Err(fail(&format!("already a mountpoint ({})", entry.fs_type)));
+                return Err(fail(&format!(
+                    "already a mountpoint ({}): unmount it first, or choose another",
+                    entry.fs_type
+                )));
             }
             None => {}
         }

@@ -159,7 +159,9 @@ impl Pidfile {
                 Ok(()) if !place.has(&file) => {}
                 Ok(()) => return Ok(Pidfile { place, file, ours: is_new }),
                 Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {
-                    return Err(fail(&format!("the pidfile is in use by process {number}")));
+                    return Err(fail(&format!(
+                        "the pidfile is in use by process {number}: end that, or choose another path"
+                    )));
                 }
                 Err(e) => return Err(fail(&format!("the pidfile cannot be locked: {e}"))),
             }
@@ -206,7 +208,7 @@ impl Drop for Pidfile {
             && self.place.has(&self.file)
             && let Err(e) = self.place.remove()
         {
-            log::warn!("{}: {e}", self.place.path().display());
+            log::warn!("{}: the pidfile cannot be removed: {e}", self.place.path().display());
         }
     }
 }

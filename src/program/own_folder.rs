@@ -54,7 +54,7 @@ impl Drop for OwnFolder {
         let removed = self.folder.take().map_or(Ok(()), TempDir::close);
         if let Err(e) = removed {
             // The other process tries again.
-            log::warn!("{}: {e}", self.mountpoint.display());
+            log::warn!("{}: its folder cannot be removed: {e}", self.mountpoint.display());
         } else if let Err(e) = self.cleaner.kill().and_then(|()| self.cleaner.wait()) {
             log::debug!("{NAME}: {e}");
         }

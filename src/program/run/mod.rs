@@ -123,7 +123,9 @@ fn place(config: &Config) -> Result<(PathBuf, Option<OwnFolder>), Failure> {
         Source::Nbd(_) | Source::Memory(_) | Source::Server(_) => None,
     };
     let folder = OwnFolder::new(name.unwrap_or("disk".as_ref()).as_ref());
-    let folder = folder.map_err(|e| Failure::Mount(format!("a temporary folder: {e}")))?;
+    let folder = folder.map_err(|e| {
+        Failure::Mount(format!("no temporary folder: {e} (set TMPDIR, or give a MOUNTPOINT)"))
+    })?;
     Ok((folder.mountpoint().to_owned(), Some(folder)))
 }
 
