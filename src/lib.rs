@@ -33,7 +33,7 @@
 //! | `--info` and `--list`; `--mounts` | [`program::look`], [`program::info`]; [`program::mounts`] |
 //! | `--help`; what a word may have been meant as | [`program::help`]; [`program::hints`] |
 //! | signals; the background and the pidfile | [`program::signals`]; [`program::daemon`] |
-//! | what is logged where | [`program::logging`] |
+//! | what is logged where; what lasts, on a terminal | [`program::logging`]; [`program::progress`] |
 //! | how mount(8) calls; what systemd is told | [`program::mount_helper`]; [`program::service`] |
 //! | a server of our own, `[ COMMAND ]` | [`program::server`]; its words: `server` of [`program::cli`] |
 //! | mounting, unmounting, what is found at the mountpoint | [`mount`] |

@@ -53,6 +53,8 @@ static REPEATS: OnceLock<Mutex<Repeats>> = OnceLock::new();
 /// What the writing thread is given.
 enum Line {
     Say(Level, String),
+    /// Below all others, on a terminal.
+    Show(String),
     /// Everything before has been written.
     Written(SyncSender<()>),
 }
@@ -90,9 +92,9 @@ fn write(level: Level, message: &str) {
     match SINK.load(Ordering::Acquire) {
         SYSLOG => sys::syslog(priority(level), &named),
         JOURNAL => _ = writeln!(io::stderr(), "<{}>{named}", priority(level)),
+        _ if level <= Level::Warn => _ = writeln!(io::stderr(), "diskfuse: {named}"),
         _ => _ = writeln!(io::stderr(), "diskfuse: {message}"),
     }
-        _ if level <= Level::Warn => _ = writeln!(io::stderr(), "diskfuse: {named}"),
 }
 
 /// The message with the export's name in it.
@@ -103,8 +105,6 @@ fn named<'a>(message: &'a str, name: Option<&str>) -> Cow<'a, str> {
     }
 }
 
-/// As syslog(3) counts.
-fn priority(level: Level) -> libc::c_int {
 /// Whether the text has the name as a word of its own: `disk` is not in `/mnt/disk2: lost`.
 fn has_word(text: &str, name: &str) -> bool {
     let is_end = |c: Option<char>| c.is_none_or(|c| c.is_whitespace() || ":,;()'\"".contains(c));
@@ -114,6 +114,8 @@ fn has_word(text: &str, name: &str) -> bool {
     })
 }
 
+/// As syslog(3) counts.
+fn priority(level: Level) -> libc::c_int {
     match level {
         Level::Error => libc::LOG_ERR,
         Level::Warn => libc::LOG_WARNING,
@@ -126,9 +128,19 @@ fn has_word(text: &str, name: &str) -> bool {
 pub fn write_from_a_thread() -> io::Result<()> {
     let (sender, lines) = mpsc::sync_channel(WAITING_LINES);
     std::thread::Builder::new().name("log".into()).spawn(move || {
+        let mut shown = String::new();
         for line in lines {
             match line {
+                Line::Show(text) => {
+                    if !(text.is_empty() && shown.is_empty()) {
+                        draw(&text);
+                    }
+                    shown = text;
+                }
                 Line::Say(level, message) => {
+                    if !shown.is_empty() {
+                        draw("");
+                    }
                     write(level, &message);
                     match LOST.swap(0, Ordering::Relaxed) {
                         0 => {}
@@ -136,6 +148,9 @@ pub fn write_from_a_thread() -> io::Result<()> {
                             let why = format!("{lost} messages were lost: nobody read them");
                             write(Level::Warn, &why);
                         }
+                    }
+                    if !shown.is_empty() {
+                        draw(&shown);
                     }
                 }
                 Line::Written(done) => _ = done.try_send(()),
@@ -146,8 +161,25 @@ pub fn write_from_a_thread() -> io::Result<()> {
     Ok(())
 }
 
+/// Shows a line on the terminal that stderr is, below all that is said, until the next such line
+/// takes its place; an empty one is none.
+pub fn show(line: &str) {
+    if let Some(writer) = WRITER.get() {
+        // Where lines wait for a reader this one can be done without; one that stays is no harm.
+        let _ = writer.try_send(Line::Show(line.into()));
+    }
+}
+
+/// Writes over the line that the cursor is in, and stays in it.
+fn draw(line: &str) {
+    if SINK.load(Ordering::Acquire) != SYSLOG {
+        let _ = write!(io::stderr(), "\r\x1b[K{line}");
+    }
+}
+
 /// Says what was left out so far, and waits until all has been written, or cannot be.
 pub fn finish() {
+    show("");
     for (level, left_out) in repeats().all_left_out() {
         say(level, &left_out);
     }
@@ -281,6 +313,9 @@ mod tests {
         assert_eq!(named("mem:1M: lost", Some("mem:1M")), "mem:1M: lost");
         assert_eq!(named("lost", Some("mem:1M")), "mem:1M: lost");
         assert_eq!(named("lost", None), "lost");
+        assert_eq!(named("/mnt/disk: lost", Some("disk")), "disk: /mnt/disk: lost");
+        assert_eq!(named("disk2: lost", Some("disk")), "disk: disk2: lost");
+        assert_eq!(named("(disk, disk2)", Some("disk")), "(disk, disk2)");
     }
 
     #[test]
@@ -293,6 +328,3 @@ mod tests {
         }
     }
 }
-        assert_eq!(named("/mnt/disk: lost", Some("disk")), "disk: /mnt/disk: lost");
-        assert_eq!(named("disk2: lost", Some("disk")), "disk: disk2: lost");
-        assert_eq!(named("(disk, disk2)", Some("disk")), "(disk, disk2)");

@@ -16,6 +16,7 @@ pub mod mount_helper;
 pub mod mounts;
 pub mod own_folder;
 pub mod privileges;
+pub mod progress;
 pub mod run;
 pub mod server;
 pub mod service;

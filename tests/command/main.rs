@@ -13,6 +13,7 @@ mod processes;
 mod read_only;
 mod service;
 mod signals;
+mod terminal;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -424,7 +425,7 @@ fn main() -> ExitCode {
     let elsewhere = processes::trials().into_iter().chain(signals::trials());
     let elsewhere = elsewhere.chain(daemon::trials()).chain(helper::trials());
     let elsewhere = elsewhere.chain(mounts::trials()).chain(hidden::trials());
-    let elsewhere = elsewhere.chain(read_only::trials());
+    let elsewhere = elsewhere.chain(read_only::trials()).chain(terminal::trials());
     let elsewhere = elsewhere.chain(logs::trials()).chain(service::trials());
     let elsewhere = elsewhere.chain(completions::trials()).chain(package::trials());
     let trials: Vec<Trial> = refusals.chain(others).chain(elsewhere).collect();

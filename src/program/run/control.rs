@@ -25,6 +25,7 @@ use crate::program::cli::{Config, OnLoss};
 use crate::program::daemon::{Background, Pidfile};
 use crate::program::failure::Failure;
 use crate::program::logging;
+use crate::program::progress::Progress;
 use crate::program::server::Server;
 use crate::program::service::Service;
 use crate::program::signals::{Signals, Wish};
@@ -61,6 +62,7 @@ pub(super) struct Control {
     /// For SIGUSR1.
     pub(super) report: Box<dyn Fn() -> String>,
     pub(super) service: Service,
+    pub(super) progress: Progress,
     /// Tells when something is mounted or unmounted here.
     pub(super) mounts: File,
     /// The command of `--run` would inherit it.
@@ -93,7 +95,7 @@ const MOUNTS: usize = 1;
 
 impl Control {
     pub(super) fn new(config: &Config, became_io_flusher: bool) -> io::Result<Control> {
-        let source = config.words.clone();
+        let (source, named) = (config.words.clone(), config.words.clone());
         let signals = Signals::take()?;
         let mounts = File::open("/proc/self/mountinfo")?;
         let poller = Arc::new(Poller::new()?);
@@ -103,11 +105,9 @@ impl Control {
         Ok(Control {
             poller,
             signals,
-            report: {
-                let source = source.clone();
-                Box::new(move || format!("{source}: nothing is served yet"))
-            },
+            report: Box::new(move || format!("{named}: nothing is served yet")),
             service: Service::of_environment(),
+            progress: Progress::of_stderr(),
             mounts,
             became_io_flusher,
             events: Events::new(),
@@ -129,12 +129,10 @@ impl Control {
     /// stop, if there was one.
     pub(super) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Option<sys::Signal>> {
         self.events.clear();
-        let timeout = match (timeout, self.service.patience()) {
-            (Some(timeout), Some(patience)) => Some(timeout.min(patience)),
-            (timeout, patience) => timeout.or(patience),
-        };
-        self.poller.wait(&mut self.events, timeout)?;
+        let timeouts = [timeout, self.service.patience(), self.progress.patience()];
+        self.poller.wait(&mut self.events, timeouts.into_iter().flatten().min())?;
         self.service.feed();
+        self.progress.show();
         // polling watches once only.
         self.poller.modify(self.signals.descriptor(), Event::readable(SIGNALS))?;
         if self.events.iter().any(|event| event.key == MOUNTS) {
@@ -149,9 +147,10 @@ impl Control {
     }
 
     /// Runs `work`, which may block for long, on a thread of its own, and gives it up for a signal.
+    /// Both are named: the thread, and what is done, for people.
     pub(super) fn unless_signalled<T: Send + 'static>(
         &mut self,
-        name: &str,
+        (name, what): (&str, &str),
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, sys::Signal> {
         let (sender, receiver) = mpsc::channel();
@@ -164,10 +163,12 @@ impl Control {
         let thread = std::thread::Builder::new().name(name.into()).spawn(work);
         // What it lacks, a thread that serves would lack as well.
         let thread = thread.unwrap_or_else(|e| panic!("a thread cannot be started: {e}"));
+        self.progress.wait_for(what.into(), Instant::now());
         loop {
             match receiver.try_recv() {
                 Ok(result) => {
                     let _ = thread.join();
+                    self.progress.end();
                     return Ok(result);
                 }
                 Err(mpsc::TryRecvError::Empty) => {}
@@ -196,9 +197,9 @@ impl Control {
     ) -> Result<(), Failure> {
         let (sender, receiver) = mpsc::channel();
         let (flushing, poller) = (export.clone(), self.poller.clone());
-        let is_by_signal = self.stop.as_ref().is_some_and(|stop| stop.is_by_signal);
         // A source that is lost has been waited for already.
-        let is_hurried = is_by_signal || self.lost.is_some();
+        let is_hurried =
+            self.lost.is_some() || self.stop.as_ref().is_some_and(|stop| stop.is_by_signal);
         let patience = if is_hurried { AWAY } else { config.remote.reconnect_timeout };
         let work = move || {
             let _ = sender.send(flushing.last_flush(patience));
@@ -210,9 +211,11 @@ impl Control {
             return Err(Failure::Serving(format!("{source}: not flushed: no thread: {e}")));
         }
         let began = Instant::now();
+        self.progress.wait_for("flushing what was written".into(), began);
         let mut reported = false;
         loop {
             if let Ok(flushed) = receiver.try_recv() {
+                self.progress.end();
                 return flushed.map_err(|e| {
                     Failure::Serving(format!(
                         "{source}: the last flush failed, so writes may be lost: {e}"
@@ -304,8 +307,10 @@ impl Control {
     /// Waits for an errand on the mount. A signal ends the wait.
     pub(super) fn run_errand(&mut self, errand: Errand, mount: &Mount) -> io::Result<()> {
         let mut running = mount.begin(errand)?;
+        self.progress.wait_for("waiting for the source's first answer".into(), Instant::now());
         loop {
             if let Some(outcome) = running.end() {
+                self.progress.end();
                 return outcome;
             }
             if let Some(signal) = self.wait(None)? {
@@ -324,6 +329,7 @@ impl Control {
     /// After the last flush. A signal after the one that has ended the export ends it at once.
     pub(super) fn end_server(&mut self) {
         let Some(mut server) = self.server.take() else { return };
+        self.progress.wait_for("waiting for the server to end".into(), Instant::now());
         server.end(|moment| match (self.wait(Some(moment)), &self.stop) {
             (Ok(Some(_)), Some(stop)) if stop.is_by_signal => stop.began.elapsed() >= SAME_WISH,
             (Ok(Some(_)), _) => {
@@ -332,6 +338,7 @@ impl Control {
             }
             _ => false,
         });
+        self.progress.end();
     }
 
     pub(super) fn stop_at_once(&mut self) {

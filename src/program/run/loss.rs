@@ -68,7 +68,22 @@ impl Control {
                 log::error!("{}: {what}, requests fail {until}: {why}", self.source);
             }
         }
+        self.show_progress(outage.as_ref());
         self.tell_status(outage.as_ref())
+    }
+
+    /// On the terminal, unless that is the command's.
+    fn show_progress(&mut self, outage: Option<&Outage>) {
+        match (&self.stop, outage) {
+            _ if self.command.is_some() => self.progress.end(),
+            (Some(stop), _) => self.progress.wait_for(stop.waits_for().into(), stop.began),
+            (None, Some(outage)) => {
+                let state = State::of(outage);
+                let what = format!("the server is lost, {}", requests(outage, state));
+                self.progress.wait_for(what, outage.since);
+            }
+            (None, None) => self.progress.end(),
+        }
     }
 
     /// Has the service manager know, as long as it is not about to end.
@@ -107,13 +122,17 @@ impl Control {
 }
 
 fn status(outage: &Outage, state: State) -> String {
-    let lost = format!("server lost {} s ago", outage.since.elapsed().as_secs());
+    let ago = outage.since.elapsed().as_secs();
+    format!("server lost {ago} s ago, {}", requests(outage, state))
+}
+
+fn requests(outage: &Outage, state: State) -> String {
     let waiting = outage.waiting;
     match state {
-        State::Wait => format!("{lost}, {waiting} requests wait"),
+        State::Wait => format!("{waiting} requests wait"),
         State::WaitForBytes(bytes) => {
-            format!("{lost}, writing {bytes} bytes again, {waiting} requests wait")
+            format!("{bytes} bytes are written again, {waiting} requests wait")
         }
-        State::Fail => format!("{lost}, requests fail"),
+        State::Fail => "requests fail".into(),
     }
 }

@@ -69,6 +69,7 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
         server.show_words().map_err(|e| Failure::Serving(format!("no thread: {e}")))?;
     }
     let stopped = |signal| stopped_while_opened(&config.words, signal);
+    let connecting = format!("connecting to {}", config.words);
     let connect = |to: Uri| {
         let options = config.remote.clone();
         move || NbdBackend::connect(&to, &options)
@@ -82,12 +83,15 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
                 let anywhere = to.from_anywhere();
                 to = anywhere.map_err(|e| Failure::Source(format!("{uri}: its socket: {e}")))?;
             }
-            let backend = control.unless_signalled("connect", connect(to)).map_err(stopped)?;
+            let backend =
+                control.unless_signalled(("connect", &connecting), connect(to)).map_err(stopped)?;
             serve_part(config, backend.map_err(|e| remote_failure(&uri, &e))?, control, background)
         }
         Source::Server(_) => {
             let uri = control.server().uri();
-            let backend = control.unless_signalled("connect", connect(uri)).map_err(stopped)?;
+            let backend = control
+                .unless_signalled(("connect", &connecting), connect(uri))
+                .map_err(stopped)?;
             let backend = backend.map_err(|e| Failure::Source(control.server().failure(&e)))?;
             serve_part(config, backend, control, background)
         }
@@ -99,7 +103,9 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
                 let backend = FileBackend::open(&path, options)?;
                 Ok((backend, hints::other_format(&path)))
             };
-            let opened = control.unless_signalled("open", open).map_err(stopped)?;
+            let opened = control
+                .unless_signalled(("open", &format!("opening {}", config.words)), open)
+                .map_err(stopped)?;
             let (backend, warning) = opened.map_err(|e| path_failure(&named, &e))?;
             if let Some(warning) = warning {
                 log::warn!("{warning}");
@@ -213,7 +219,7 @@ fn serve_part<B: Backend>(
         Part::new(whole, range).map_err(|e| e.to_string())
     };
     let part = control
-        .unless_signalled("part", find)
+        .unless_signalled(("part", "reading the partition table"), find)
         .map_err(|signal| stopped_while_opened(source, signal))?
         .map_err(|why| Failure::Source(format!("{source}: {why}")))?;
     log::info!("{source}: {part} are shown");
@@ -233,14 +239,14 @@ fn serve<B: Backend>(
     let (path, folder) = place(config)?;
     let prepare = |path: PathBuf| move || Mountpoint::prepare(&path);
     let mountpoint = control
-        .unless_signalled("mountpoint", prepare(path.clone()))
+        .unless_signalled(("mountpoint", "waiting for the mountpoint"), prepare(path.clone()))
         .map_err(|signal| Failure::Mount(format!("stopped by signal {}", signal.number)))?
         .map_err(|e| Failure::Mount(e.to_string()))?;
     let lock = config.pidfile.clone().map(|path| move || Pidfile::lock(&path));
     let mut pidfile = match lock {
         Some(lock) => Some(
             control
-                .unless_signalled("pidfile", lock)
+                .unless_signalled(("pidfile", "waiting for the pidfile"), lock)
                 .map_err(|signal| Failure::Serving(format!("stopped by signal {}", signal.number)))?
                 .map_err(Failure::Serving)?,
         ),
@@ -249,6 +255,13 @@ fn serve<B: Backend>(
     let read_only = config.read_only || backend.capabilities().read_only;
     let (mount, device, allow_other) = mount(config, mountpoint, &path, read_only)?;
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
+    // Local sources have a reason of their own, which was told.
+    if config.wants_writes && read_only && !matches!(config.source, Source::Path(_)) {
+        log::warn!(
+            "{}: shown read-only, the server exports it so (change that there, or say -o ro)",
+            config.words
+        );
+    }
     let policy = Policy {
         writable: !read_only,
         growable: config.growable,
@@ -257,13 +270,6 @@ fn serve<B: Backend>(
         keep_cache: config.kernel_cache,
         allow_other,
         uid: config.uid.unwrap_or(uid),
-    // Local sources have a reason of their own, which was told.
-    if config.wants_writes && read_only && !matches!(config.source, Source::Path(_)) {
-        log::warn!(
-            "{}: shown read-only, the server exports it so (change that there, or say -o ro)",
-            config.words
-        );
-    }
         gid: config.gid.unwrap_or(gid),
     };
     let export = Export::new(backend, policy, control.closed.clone())
@@ -284,7 +290,7 @@ fn serve<B: Backend>(
         let (export, stats, poller) = (export.clone(), stats.clone(), control.poller.clone());
         move || Session::start(device, &export, options, &stats, &poller)
     };
-    let started = match control.unless_signalled("start", start) {
+    let started = match control.unless_signalled(("start", "starting to serve"), start) {
         Ok(started) => started,
         Err(signal) => Err(format!("stopped by signal {}", signal.number)),
     };
@@ -300,6 +306,14 @@ fn serve<B: Backend>(
     if config.kernel_cache && export.cache() == Cache::None {
         log::warn!(
             "--kernel-cache: there is no page cache in front of a local disk (see --cache writethrough)"
+        );
+    }
+    // A command of --run sees it.
+    if config.run.is_none() && mount.is_hidden() {
+        log::warn!(
+            "{}: seen in this mount namespace only, others have what is beneath it: leave out the unit's PrivateTmp=, \
+             ProtectSystem= and their like, or use unshare --propagation unchanged",
+            mount.path().display()
         );
     }
     if export.cache() != Cache::None {
@@ -318,14 +332,6 @@ fn serve<B: Backend>(
         control.stop_at_once();
     }
     let ended = control.supervise(session, mount, &export);
-    // A command of --run sees it.
-    if config.run.is_none() && mount.is_hidden() {
-        log::warn!(
-            "{}: seen in this mount namespace only, others have what is beneath it: leave out the unit's PrivateTmp=, \
-             ProtectSystem= and their like, or use unshare --propagation unchanged",
-            mount.path().display()
-        );
-    }
     if let Some(pidfile) = &pidfile {
         pidfile.ending();
     }

@@ -89,6 +89,15 @@ impl Stop {
         Stop { is_by_signal: true, ..Stop::now(closed) }
     }
 
+    /// For people.
+    pub(super) fn waits_for(&self) -> &'static str {
+        match self.write_back {
+            WriteBack::UnderWay(_) => "writing what the page cache holds",
+            _ if self.is_forced => "waiting for the last requests",
+            _ => "waiting for the file to be closed",
+        }
+    }
+
     pub(super) fn is_forced(&self) -> bool {
         self.is_forced
     }
