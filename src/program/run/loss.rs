@@ -3,12 +3,13 @@
 
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::control::Control;
 use super::stop::Stop;
 use crate::backend::{Backend, Failure, Outage};
 use crate::export::Export;
 use crate::program::cli::OnLoss;
-use crate::sys;
 
 /// How often the service manager is told how long an outage has lasted.
 const STATUS_INTERVAL: Duration = Duration::from_secs(2);
@@ -112,7 +113,7 @@ impl Control {
             Some(format!("{}: {what}, and it ends for that (--on-loss exit): {why}", self.source));
         match &self.command {
             Some(command) => {
-                if let Err(e) = sys::kill(command.id(), libc::SIGTERM) {
+                if let Err(e) = kill_process(Pid::from_child(command), Signal::TERM) {
                     log::warn!("the command cannot be signalled: {e}");
                 }
             }
