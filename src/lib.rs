@@ -31,6 +31,7 @@
 //! | what ends it: signals, umount, the command of `--run` | its `control` and `stop` |
 //! | the exit status | [`program::failure`] |
 //! | `--info` and `--list`; `--mounts` | [`program::look`], [`program::info`]; [`program::mounts`] |
+//! | `--top` | [`program::top`]: its `figures`, `drawing` and `terminal` |
 //! | `--help`; what a word may have been meant as | [`program::help`]; [`program::hints`] |
 //! | signals; the background and the pidfile | [`program::signals`]; [`program::daemon`] |
 //! | what is logged where; what lasts, on a terminal | [`program::logging`]; [`program::progress`] |

@@ -9,7 +9,7 @@ use diskfuse::mount::{self, errands};
 use diskfuse::program::cli::{self, Command, Config, Source};
 use diskfuse::program::daemon::{self, Process};
 use diskfuse::program::failure::Failure;
-use diskfuse::program::{ask, logging, look, mount_helper, mounts, own_folder, run, server};
+use diskfuse::program::{ask, logging, look, mount_helper, mounts, own_folder, run, server, top};
 
 /// Exit status for a command line that makes no sense.
 const USAGE: u8 = 2;
@@ -47,6 +47,10 @@ fn act(words: impl Iterator<Item = OsString>, as_helper: bool) -> u8 {
         Ok(Command::Mounts { json }) => match mounts::list(json) {
             Ok(text) => print(&text),
             Err(e) => fail(&format!("the mounts cannot be listed: {e}"), 1),
+        },
+        Ok(Command::Top { files, json }) => match top::run(&files, json) {
+            Ok(()) => 0,
+            Err(failure) => fail(&failure.to_string(), failure.status()),
         },
         Ok(Command::Remount { mountpoint, read_only }) => {
             match mount::remount(&mountpoint, read_only) {

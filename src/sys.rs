@@ -259,6 +259,25 @@ pub fn watch(
     unsafe { poller.add(source.as_raw_fd(), interest) }
 }
 
+/// Stops this process as SIGTSTP does where it is not blocked, until somebody continues it. Where
+/// nobody could (`setpgid(2)`: an orphaned process group), nothing happens. Only where SIGTSTP is
+/// blocked, and is again afterwards.
+pub fn stop() -> io::Result<()> {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initialises the set that the others read; no handler is installed.
+    let errno = unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigaddset(set.as_mut_ptr(), libc::SIGTSTP);
+        check(libc::raise(libc::SIGTSTP))?;
+        // It is delivered before this returns.
+        match libc::pthread_sigmask(libc::SIG_UNBLOCK, set.as_ptr(), std::ptr::null_mut()) {
+            0 => libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut()),
+            errno => errno,
+        }
+    };
+    if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
+}
+
 /// A signal that has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Signal {

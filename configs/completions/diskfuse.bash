@@ -36,7 +36,7 @@ _diskfuse() {
         words="-r --read-only -o --options --io-uring --queue-depth --growable --truncate --cache --kernel-cache
             --read-ahead --direct --allow-other --daemonize --pidfile --run --tls-certificates --connections
             --connect-timeout --open-timeout --timeout --reconnect-timeout --on-loss --unflushed --partition --offset
-            --size --list --info --mounts --json -V --version -h --help"
+            --size --list --info --mounts --top --json -V --version -h --help"
         ;;
     esac
     mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")

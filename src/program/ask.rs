@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -28,12 +28,23 @@ const STACK: usize = 64 << 10;
 /// A report, or the errno instead of it.
 pub type Answer = Result<Value, i32>;
 
+/// What a file has told.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Told {
+    /// When it has come.
+    pub at: Instant,
+    /// What it is.
+    pub answer: Answer,
+}
+
 /// The process that asks.
 #[derive(Debug)]
 pub struct Asker {
     child: Child,
-    answers: Receiver<(usize, Answer)>,
-    files: usize,
+    /// Two for each file and round at most; each round takes out all.
+    answers: Receiver<(usize, Told)>,
+    /// For each file, whether the last round got nothing from it.
+    silent: Vec<bool>,
 }
 
 impl Asker {
@@ -47,35 +58,59 @@ impl Asker {
         let (sender, answers) = mpsc::channel();
         thread::Builder::new().name("answers".into()).spawn(move || {
             let lines = BufReader::new(stdout).lines().map_while(Result::ok);
+            let told = lines.filter_map(|line| {
+                let (file, answer) = parse(&line)?;
+                Some((file, Told { at: Instant::now(), answer }))
+            });
             // Nobody listens any more at the end.
-            lines.filter_map(|line| parse(&line)).try_for_each(|answer| sender.send(answer))
+            { told }.try_for_each(|told| sender.send(told))
         })?;
-        Ok(Asker { child, answers, files: files.len() })
+        Ok(Asker { child, answers, silent: vec![false; files.len()] })
     }
 
     /// Asks for all of them, and gives what has come within the limit, in their order; none: no
-    /// answer.
-    pub fn ask(&mut self, limit: Duration) -> Vec<Option<Answer>> {
+    /// answer. A file that had none the last time is not waited for: its answer may come with
+    /// the next round. An error where the process has ended.
+    pub fn ask(&mut self, limit: Duration) -> io::Result<Vec<Option<Told>>> {
         let until = Instant::now() + limit;
-        let mut all = vec![None; self.files];
-        // Without it nothing comes, and that is what is seen.
-        let _ = self.child.stdin.as_mut().expect("it is piped").write_all(b"\n");
-        while all.iter().any(Option::is_none) {
-            let left = until.saturating_duration_since(Instant::now());
-            let Ok((file, answer)) = self.answers.recv_timeout(left) else { break };
+        let mut all = vec![None; self.silent.len()];
+        for (file, late) in self.answers.try_iter() {
             if let Some(place) = all.get_mut(file) {
-                *place = Some(answer);
+                *place = Some(late);
             }
         }
-        all
+        let is_waited_for = |(silent, late): (&bool, &Option<_>)| !silent || late.is_some();
+        let mut waited: Vec<_> = self.silent.iter().zip(&all).map(is_waited_for).collect();
+        self.child.stdin.as_mut().expect("it is piped").write_all(b"\n")?;
+        while waited.contains(&true) {
+            let left = until.saturating_duration_since(Instant::now());
+            let (file, told) = match self.answers.recv_timeout(left) {
+                Ok(told) => told,
+                Err(RecvTimeoutError::Timeout) => break,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(io::Error::other("the process that asks the files has ended"));
+                }
+            };
+            if let Some(place) = all.get_mut(file) {
+                *place = Some(told);
+                waited[file] = false;
+            }
+        }
+        self.silent = all.iter().map(Option::is_none).collect();
+        Ok(all)
     }
 }
 
 impl Drop for Asker {
     fn drop(&mut self) {
-        // It is not waited for: a thread of it may be.
         let _ = self.child.kill();
-        let _ = self.child.try_wait();
+        // Not for long: a thread of it may wait on.
+        for _ in 0..20 {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                break;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 

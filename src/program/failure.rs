@@ -12,6 +12,8 @@ use crate::sys;
 pub enum Failure {
     /// Status 1
     Serving(String),
+    /// Status 2
+    Usage(String),
     /// Status 3
     Source(String),
     /// Status 4
@@ -23,6 +25,7 @@ impl Failure {
     pub fn status(&self) -> u8 {
         match self {
             Failure::Serving(_) => 1,
+            Failure::Usage(_) => 2,
             Failure::Source(_) => 3,
             Failure::Mount(_) => 4,
         }
@@ -32,7 +35,10 @@ impl Failure {
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Failure::Serving(why) | Failure::Source(why) | Failure::Mount(why) => f.write_str(why),
+            Failure::Serving(why)
+            | Failure::Usage(why)
+            | Failure::Source(why)
+            | Failure::Mount(why) => f.write_str(why),
         }
     }
 }

@@ -21,3 +21,4 @@ pub mod run;
 pub mod server;
 pub mod service;
 pub mod signals;
+pub mod top;

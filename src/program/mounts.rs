@@ -27,7 +27,8 @@ struct Line {
 pub fn list(json: bool) -> io::Result<String> {
     let mounts = table::all()?;
     let asked = mounts.iter().filter(|mount| !mount.is_covered);
-    let mut answers = Asker::start(asked.map(|mount| mount.path.as_path()))?.ask(LIMIT).into_iter();
+    let mut asker = Asker::start(asked.map(|mount| mount.path.as_path()))?;
+    let mut answers = asker.ask(LIMIT)?.into_iter().map(|told| told.map(|told| told.answer));
     let mut answer = |mount: &Mounted| match mount.is_covered {
         true => line(mount, "covered by another mount".into()),
         false => told(mount, answers.next().flatten()),
@@ -56,7 +57,7 @@ fn told(mount: &Mounted, answer: Option<Answer>) -> Line {
 }
 
 /// Why there is no report, by the errno, if one came.
-fn what_is_wrong(errno: Option<i32>) -> String {
+pub fn what_is_wrong(errno: Option<i32>) -> String {
     match errno {
         None => "no answer".into(),
         Some(libc::ENOTCONN | libc::ECONNABORTED) => "dead: nobody serves it".into(),

@@ -48,7 +48,13 @@ pub struct Signals {
 impl Signals {
     /// Takes the signals over, for this thread and all that it starts from now on.
     pub fn take() -> io::Result<Signals> {
+        Signals::take_and(&[])
+    }
+
+    /// The same with more of them, each of which asks for [`Wish::Nothing`].
+    pub fn take_and(more: &[libc::c_int]) -> io::Result<Signals> {
         let others = ENDS.into_iter().chain([STATISTICS]).chain(IGNORED);
+        let others = others.chain(more.iter().copied());
         let others = others.chain(libc::SIGRTMIN()..=libc::SIGRTMAX());
         let others = others.filter(|signal| sys::is_default(*signal));
         let taken: Vec<_> = ALWAYS.into_iter().chain(others).collect();

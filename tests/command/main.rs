@@ -14,6 +14,7 @@ mod read_only;
 mod service;
 mod signals;
 mod terminal;
+mod top;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -139,6 +140,19 @@ const REFUSALS: &[Refusal] = &[
         name: "bad_owner",
         words: &["-o", "uid=me", "mem:1M", "{}/disk"],
         says: &["uid", "me"],
+        ..USAGE
+    },
+    Refusal {
+        name: "top_of_nothing",
+        words: &["--top", "{}/disk"],
+        says: &["/disk: No such file", "--mounts"],
+        ..USAGE
+    },
+    Refusal {
+        name: "top_of_an_image",
+        words: &["--top", "--json", "{}/image"],
+        says: &["/image: no file of diskfuse", "--mounts"],
+        prepare: |sandbox| fs::write(sandbox.join("image"), [0; 4096]).unwrap(),
         ..USAGE
     },
     Refusal {
@@ -426,6 +440,7 @@ fn main() -> ExitCode {
     let elsewhere = elsewhere.chain(daemon::trials()).chain(helper::trials());
     let elsewhere = elsewhere.chain(mounts::trials()).chain(hidden::trials());
     let elsewhere = elsewhere.chain(read_only::trials()).chain(terminal::trials());
+    let elsewhere = elsewhere.chain(top::trials());
     let elsewhere = elsewhere.chain(logs::trials()).chain(service::trials());
     let elsewhere = elsewhere.chain(completions::trials()).chain(package::trials());
     let trials: Vec<Trial> = refusals.chain(others).chain(elsewhere).collect();
@@ -464,6 +479,9 @@ fn help_and_version_are_printed() {
     }
     for line in ["Usage: diskfuse ", "  diskfuse nbd://", "  -h, --help  ", "  -V, --version  "] {
         assert!(help.contains(line), "{line} is missing: {help}");
+    }
+    for usage in ["--info SOURCE", "--list URI", "--mounts", "--top [FILE...]"] {
+        assert!(help.contains(&format!("\n       diskfuse {usage} [--json]\n")), "{usage}: {help}");
     }
     assert_eq!((print("-h"), print("-V")), (help, print("--version")));
     assert!(print("--version").starts_with(concat!("diskfuse ", env!("CARGO_PKG_VERSION"))));

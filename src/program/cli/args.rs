@@ -163,7 +163,11 @@ pub(super) struct Args {
     #[argh(switch)]
     pub(super) mounts: bool,
 
-    /// print --info, --list or --mounts as JSON
+    /// show what the exports at the operands FILE... do, each second, or all that are here
+    #[argh(switch)]
+    pub(super) top: bool,
+
+    /// print --info, --list, --mounts or --top as JSON
     #[argh(switch)]
     pub(super) json: bool,
 
@@ -258,11 +262,20 @@ impl Args {
             connections: self.connections.as_deref().map(parse_connections).transpose()?,
         };
         let json = self.json;
-        if self.mounts {
-            return match (&self.info, &self.list, self.operands.first()) {
-                (None, None, None) => Ok(Command::Mounts { json }),
-                (_, _, Some(word)) => Err(usage(format!("--mounts takes no operand {word}"))),
-                _ => Err(usage("--mounts, --info and --list exclude each other")),
+        if self.mounts || self.top {
+            if (self.mounts && self.top) || self.info.is_some() || self.list.is_some() {
+                return Err(usage("--mounts, --top, --info and --list exclude each other"));
+            }
+            return match self.operands.first() {
+                Some(word) if self.mounts => {
+                    Err(usage(format!("--mounts takes no operand {word}")))
+                }
+                _ if self.mounts => Ok(Command::Mounts { json }),
+                _ if server.is_some() => Err(usage("--top takes files, not [ ]")),
+                _ => {
+                    let files = self.operands.iter().map(|file| parse_path("FILE", file));
+                    Ok(Command::Top { files: files.collect::<Result<_, _>>()?, json })
+                }
             };
         }
         match (&self.info, &self.list, self.operands.first()) {
@@ -291,7 +304,7 @@ impl Args {
                     _ => Err(usage(format!("--list wants an NBD URI, not {uri}"))),
                 };
             }
-            _ if json => return Err(usage("--json goes with --info, --list and --mounts")),
+            _ if json => return Err(usage("--json goes with --info, --list, --mounts and --top")),
             _ => {}
         }
         let read_only = self.read_only || mount.read_only == Some(true);
@@ -410,7 +423,7 @@ fn check_certificates(source: &Source, remote: &nbd::Options) -> Result<(), Usag
 }
 
 pub(super) fn takes_no_value(name: &str) -> bool {
-    SWITCHES.contains(&name) || ["json", "mounts", "help", "version"].contains(&name)
+    SWITCHES.contains(&name) || ["json", "mounts", "top", "help", "version"].contains(&name)
 }
 
 pub(super) fn takes_next_word(word: &str) -> bool {

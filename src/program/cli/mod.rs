@@ -170,6 +170,13 @@ pub enum Command {
         /// As JSON.
         json: bool,
     },
+    /// Show what exports do, live.
+    Top {
+        /// Those at these files; none: all that are here.
+        files: Vec<PathBuf>,
+        /// As JSON, a line for each file and interval.
+        json: bool,
+    },
     /// Make what is mounted already read-only, or writable again.
     Remount {
         /// Where it is.
@@ -255,6 +262,8 @@ Usage: diskfuse [OPTIONS] SOURCE MOUNTPOINT
        diskfuse [OPTIONS] --run CMD SOURCE [MOUNTPOINT]
        diskfuse --info SOURCE [--json]
        diskfuse --list URI [--json]
+       diskfuse --mounts [--json]
+       diskfuse --top [FILE...] [--json]
 ";
     help::text("diskfuse", USAGE, &Args::get_args_info())
 }

@@ -200,6 +200,15 @@ fn list_takes_an_nbd_uri() {
     assert!(error("--mounts a").contains("takes no operand a"));
     assert!(error("--mounts --list nbd://host").contains("exclude"));
     assert!(error("--mounts=yes").contains("takes no value"));
+    let top = |files: &[&str], json| {
+        Ok(Command::Top { files: files.iter().map(PathBuf::from).collect(), json })
+    };
+    assert_eq!(words("--top"), top(&[], false));
+    assert_eq!(words("a --top b --json"), top(&["a", "b"], true));
+    assert!(error("--top --mounts").contains("exclude"));
+    assert!(error("--top --info a").contains("exclude"));
+    assert!(error("--top [ a ]").contains("--top takes files"));
+    assert!(error("--top=a").contains("takes no value"));
 }
 
 #[test]
