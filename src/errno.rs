@@ -12,6 +12,7 @@ impl Errno {
     pub const EPERM: Errno = Errno(libc::EPERM);
     pub const ENOENT: Errno = Errno(libc::ENOENT);
     pub const EIO: Errno = Errno(libc::EIO);
+    pub const ENFILE: Errno = Errno(libc::ENFILE);
     pub const EINTR: Errno = Errno(libc::EINTR);
     pub const ENXIO: Errno = Errno(libc::ENXIO);
     pub const EINVAL: Errno = Errno(libc::EINVAL);

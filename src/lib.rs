@@ -41,6 +41,7 @@
 //! | what an operation of FUSE means, the cache modes | [`export`] |
 //! | the size, truncation; mode, owner, times | its `size`; `attributes` |
 //! | errors that an fsync has to tell | [`export::open_files`] |
+//! | a directory of exports (`--all`) | [`directory`]; [`export::Served`] is what it shares with one disk |
 //! | counters, and how they are told | [`stats`]; [`export::report`] |
 //! | the FUSE protocol, a new operation | [`fuse`], then [`export`] |
 //! | what is negotiated with the kernel, how many threads there are | [`session`] |
@@ -77,6 +78,7 @@
 //! | [`program::server`] | what becomes a server owns nothing but the standard streams |
 
 pub mod backend;
+pub mod directory;
 pub mod errno;
 pub mod export;
 pub mod fuse;

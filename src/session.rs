@@ -13,8 +13,8 @@ use polling::Poller;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use crate::backend::{Backend, WaitsFor};
-use crate::export::{Cache, Export};
+use crate::backend::WaitsFor;
+use crate::export::{Cache, Served};
 use crate::fuse::abi::{self, InHeader, InitIn, InitOut, OutHeader, Plain, init, opcode};
 use crate::fuse::notify::Notifier;
 use crate::program::cli::Switch;
@@ -124,9 +124,9 @@ struct Rings {
 impl Session {
     /// Answers INIT and starts to serve. `ended` is notified whenever a serving thread has ended.
     /// An error says what to do about it.
-    pub fn start<B: Backend>(
+    pub fn start<S: Served>(
         device: OwnedFd,
-        export: &Arc<Export<B>>,
+        export: &Arc<S>,
         options: Options,
         stats: &Stats,
         ended: &Arc<Poller>,
@@ -214,11 +214,11 @@ impl Session {
     }
 
     /// Starts a completion thread for each CPU, and waits until all have their rings.
-    fn start_rings<B: Backend>(
+    fn start_rings<S: Served>(
         &mut self,
         device: &OwnedFd,
         offer: &InitIn,
-        export: &Arc<Export<B>>,
+        export: &Arc<S>,
         options: &Options,
         stats: &Stats,
         ended: &Arc<Poller>,
@@ -228,7 +228,7 @@ impl Session {
         }
         let cpus = options.cpus.as_ref()?;
         let threads = cpus.usable.len();
-        let waits_for = export.backend().capabilities().waits_for;
+        let waits_for = export.waits_for();
         let (depths, requests) = depths(options.queue_depth, waits_for, threads);
         let (report, progress) = mpsc::channel();
         let mut proceed = Vec::new();

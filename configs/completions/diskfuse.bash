@@ -33,7 +33,7 @@ _diskfuse() {
             mapfile -t COMPREPLY < <(compgen -f -- "$current")
             return
         fi
-        words="-r --read-only -o --options --io-uring --queue-depth --growable --truncate --cache --kernel-cache
+        words="-r --read-only -o --options --all --io-uring --queue-depth --growable --truncate --cache --kernel-cache
             --read-ahead --direct --allow-other --daemonize --pidfile --run --tls-certificates --connections
             --connect-timeout --open-timeout --timeout --reconnect-timeout --on-loss --unflushed --partition --offset
             --size --list --info --mounts --top --json -V --version -h --help"

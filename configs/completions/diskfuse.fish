@@ -2,6 +2,7 @@
 
 complete -c diskfuse -s r -l read-only -d 'never write to the source'
 complete -c diskfuse -s o -l options -x -a 'ro rw allow_other uid= gid= remount _netdev nofail' -d 'options as mount(8) has them'
+complete -c diskfuse -l all -d 'show all exports of a server in a directory'
 complete -c diskfuse -l io-uring -x -a 'auto on off' -d 'FUSE over io_uring'
 complete -c diskfuse -l queue-depth -x -d 'requests in flight for each thread'
 complete -c diskfuse -l growable -d 'a write past the end makes the source longer'

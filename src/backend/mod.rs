@@ -114,6 +114,36 @@ pub struct RemoteStats {
     pub hole_requests: u64,
 }
 
+impl RemoteStats {
+    /// The sums of both.
+    #[must_use]
+    pub fn plus(self, other: RemoteStats) -> RemoteStats {
+        let unflushed_bytes = match (self.unflushed_bytes, other.unflushed_bytes) {
+            (Some(a), Some(b)) => Some(a + b),
+            (a, b) => a.or(b),
+        };
+        RemoteStats {
+            connections: self.connections + other.connections,
+            lost_connections: self.lost_connections + other.lost_connections,
+            reconnects: self.reconnects + other.reconnects,
+            waiting: self.waiting + other.waiting,
+            unflushed_bytes,
+            read_ahead_hits: self.read_ahead_hits + other.read_ahead_hits,
+            read_ahead_hit_bytes: self.read_ahead_hit_bytes + other.read_ahead_hit_bytes,
+            read_ahead_bytes: self.read_ahead_bytes + other.read_ahead_bytes,
+            hole_hits: self.hole_hits + other.hole_hits,
+            hole_hit_bytes: self.hole_hit_bytes + other.hole_hit_bytes,
+            hole_requests: self.hole_requests + other.hole_requests,
+        }
+    }
+
+    /// What is over when the connections are gone, without what there is now.
+    #[must_use]
+    pub fn in_the_past(self) -> RemoteStats {
+        RemoteStats { connections: 0, waiting: 0, unflushed_bytes: None, ..self }
+    }
+}
+
 /// A source that cannot be reached, and what becomes of its requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outage {

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-use super::{Cache, Export};
-use crate::backend::{Backend, Lane};
+use super::{Cache, Export, Policy, Served};
+use crate::backend::{Backend, Lane, Stat};
 use crate::errno::Errno;
-use crate::fuse::abi::{self, Attr, SetattrIn, StatfsOut, fattr};
+use crate::fuse::abi::{Attr, SetattrIn, StatfsOut, fattr};
 use crate::fuse::reply::Reply;
 
 /// The extended attributes of the file. There are no others: what sets or removes one is not
@@ -22,11 +22,11 @@ pub const ATTRIBUTE_STATS: &CStr = c"user.diskfuse.stats";
 
 /// The counters may be so much longer, in bytes, when who has asked for the length asks for the
 /// value.
-pub(super) const STATS_GROWTH: usize = 1024;
+pub(crate) const STATS_GROWTH: usize = 1024;
 
 /// Puts the value of an extended attribute, or the list of names, into the payload if there is
 /// `room` for it. Who asks for its length is told `growth` bytes more.
-pub(super) fn xattr(
+pub(crate) fn xattr(
     value: &[u8],
     growth: usize,
     room: u32,
@@ -42,8 +42,31 @@ pub(super) fn xattr(
     }
 }
 
+/// The name of the extended attribute that is asked for, which a GETXATTR has in its payload.
+pub(crate) fn asked_attribute(payload: &[u8]) -> Option<&CStr> {
+    const LONGEST: usize = 255;
+    CStr::from_bytes_until_nul(&payload[..=LONGEST]).ok()
+}
+
+/// So many bytes in so many files, see [`Export::statfs`].
+pub(crate) fn statfs(size: u64, files: u64) -> StatfsOut {
+    const BLOCK: u32 = 4096;
+    let blocks = size.div_ceil(u64::from(BLOCK));
+    StatfsOut {
+        blocks,
+        bfree: blocks,
+        bavail: blocks,
+        files,
+        bsize: BLOCK,
+        frsize: BLOCK,
+        namelen: 255,
+        ..Default::default()
+    }
+}
+
 /// What the export itself keeps of a file's attributes.
-pub(super) struct Attributes {
+#[derive(Clone, Debug)]
+pub struct Attributes {
     pub(super) mode: u32,
     pub(super) uid: u32,
     pub(super) gid: u32,
@@ -78,15 +101,51 @@ pub(super) const OTHERS_BITS: u32 = 0o077;
 
 pub(super) const SPECIAL_BITS: u32 = 0o7000;
 
+impl Attributes {
+    /// Those of a file that comes into being now.
+    pub fn new(policy: &Policy) -> Attributes {
+        let now = now();
+        Attributes {
+            mode: if policy.writable { 0o600 } else { 0o400 },
+            uid: policy.uid,
+            gid: policy.gid,
+            atime: now,
+            mtime: now,
+            ctime: now,
+        }
+    }
+
+    /// As `stat` shows them, of a regular file.
+    pub fn of_file(&self) -> Attr {
+        Attr {
+            atime: self.atime.0 as u64,
+            mtime: self.mtime.0 as u64,
+            ctime: self.ctime.0 as u64,
+            atimensec: self.atime.1,
+            mtimensec: self.mtime.1,
+            ctimensec: self.ctime.1,
+            mode: libc::S_IFREG | self.mode,
+            nlink: 1,
+            uid: self.uid,
+            gid: self.gid,
+            blksize: 4096,
+            ..Default::default()
+        }
+    }
+}
+
 impl<B: Backend> Export<B> {
+    /// What it keeps of the file's attributes, now.
+    pub fn kept_attributes(&self) -> Attributes {
+        self.attributes().clone()
+    }
+
     /// The value of the extended attribute of which `payload` has the name, and how many bytes it
     /// may grow soon.
     pub(super) fn attribute(&self, payload: &[u8]) -> Option<(String, usize)> {
-        const LONGEST: usize = 255;
-        let name = CStr::from_bytes_until_nul(&payload[..=LONGEST]).ok()?;
-        match name {
-            _ if name == ATTRIBUTE_SOURCE => Some((self.reporter.get()?.source.clone(), 0)),
-            _ if name == ATTRIBUTE_STATS => Some((self.report()?, STATS_GROWTH)),
+        match asked_attribute(payload)? {
+            name if name == ATTRIBUTE_SOURCE => Some((self.reporter.get()?.source.clone(), 0)),
+            name if name == ATTRIBUTE_STATS => Some((self.report()?, STATS_GROWTH)),
             _ => None,
         }
     }
@@ -96,41 +155,25 @@ impl<B: Backend> Export<B> {
     /// full for ever, which monitoring takes for an emergency, and programs that look for room
     /// first would not write.
     pub(super) fn statfs(&self) -> StatfsOut {
-        const BLOCK: u32 = 4096;
-        let blocks = self.backend.size().div_ceil(u64::from(BLOCK));
-        StatfsOut {
-            blocks,
-            bfree: blocks,
-            bavail: blocks,
-            files: 1,
-            bsize: BLOCK,
-            frsize: BLOCK,
-            namelen: 255,
-            ..Default::default()
-        }
+        statfs(self.backend.size(), 1)
     }
 
     pub(super) async fn attr(&self, lane: &B::Lane) -> Result<Reply, Errno> {
         // The source's size may have been changed by others; `stat` is where that is noticed.
         let stat = lane.stat().await?;
-        let kept = self.attributes();
+        let (attr, valid) = self.attr_of(stat);
+        Ok(Reply::Attr { attr, valid })
+    }
+
+    /// What `stat` shows, and for how long that holds, where the source is asked so.
+    pub fn attr_of(&self, stat: Stat) -> (Attr, Duration) {
         let attr = Attr {
-            ino: abi::ROOT_ID,
+            ino: self.node,
             size: self.backend.size(),
             blocks: stat.allocated_bytes.div_ceil(512),
-            atime: kept.atime.0 as u64,
-            mtime: kept.mtime.0 as u64,
-            ctime: kept.ctime.0 as u64,
-            atimensec: kept.atime.1,
-            mtimensec: kept.mtime.1,
-            ctimensec: kept.ctime.1,
-            mode: libc::S_IFREG | kept.mode,
-            nlink: 1,
-            uid: kept.uid,
-            gid: kept.gid,
             // Programs take buffers of that size. A server may prefer up to 2 GiB.
             blksize: self.capabilities.preferred_io_bytes.clamp(MIN_BLKSIZE, MAX_BLKSIZE),
-            ..Default::default()
+            ..self.attributes().of_file()
         };
         // A size may change behind the kernel's back, and a stat is cheap. Where it does not, or
         // the kernel owns it, the kernel need not ask before each read and write by the page cache.
@@ -140,7 +183,7 @@ impl<B: Backend> Export<B> {
             Cache::Writethrough if self.capabilities.fixed_size => Duration::from_secs(1),
             Cache::None | Cache::Writethrough => Duration::ZERO,
         };
-        Ok(Reply::Attr { attr, valid })
+        (attr, valid)
     }
 
     pub(super) async fn setattr(&self, lane: &B::Lane, change: SetattrIn) -> Result<Reply, Errno> {

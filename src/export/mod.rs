@@ -6,8 +6,10 @@
 mod attributes;
 pub mod open_files;
 pub mod report;
+mod served;
 mod size;
 
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -15,7 +17,7 @@ use std::time::Duration;
 use event_listener::Event;
 use polling::Poller;
 
-use crate::backend::{Backend, Capabilities, Lane, Seek, Zero};
+use crate::backend::{Backend, Capabilities, Lane, Outage, Seek, WaitsFor, Zero};
 use crate::errno::Errno;
 use crate::export::open_files::{Access, Flushes, OpenFiles};
 use crate::export::report::Reporter;
@@ -23,8 +25,11 @@ use crate::fuse::abi::{self};
 use crate::fuse::notify::Notifier;
 use crate::fuse::reply::Reply;
 use crate::fuse::request::Op;
-pub use attributes::{ATTRIBUTE_SOURCE, ATTRIBUTE_STATS};
-use attributes::{Attributes, xattr};
+use crate::io::Io;
+use attributes::WRITE_BITS;
+pub use attributes::{ATTRIBUTE_SOURCE, ATTRIBUTE_STATS, Attributes};
+pub(crate) use attributes::{STATS_GROWTH, asked_attribute, statfs, xattr};
+pub use served::Served;
 use size::SizeExceeded;
 
 /// What a truncation does to a disk whose size is fixed.
@@ -79,6 +84,8 @@ pub struct Export<B> {
     backend: Arc<B>,
     capabilities: Capabilities,
     policy: Policy,
+    /// The kernel's number of it.
+    node: u64,
     /// Off the data path: `stat`, `chmod` and the like, and the first write in each tick of the
     /// clock.
     attributes: Mutex<Attributes>,
@@ -127,17 +134,16 @@ impl<B: Backend> Export<B> {
         };
         let stat = backend.stat()?;
         let attributes = Attributes {
-            mode: if policy.writable { 0o600 } else { 0o400 },
-            uid: policy.uid,
-            gid: policy.gid,
             atime: stat.atime,
             mtime: stat.mtime,
             ctime: stat.ctime,
+            ..Attributes::new(&policy)
         };
         Ok(Export {
             backend,
             capabilities,
             policy,
+            node: abi::ROOT_ID,
             attributes: Mutex::new(attributes),
             written_at: AtomicU64::new(0),
             open_files: OpenFiles::default(),
@@ -154,20 +160,21 @@ impl<B: Backend> Export<B> {
         })
     }
 
-    /// How the kernel is told of changes that its page cache does not know of; set before the first
-    /// request.
-    pub fn set_notifier(&self, notifier: Notifier) {
-        let _ = self.notifier.set(notifier);
+    /// The same as one of several files of a connection: as the one that the kernel knows by this
+    /// number, and with the attributes that it had before, if it was there before.
+    pub fn at_node(self, node: u64, attributes: Option<Attributes>) -> Export<B> {
+        if let Some(mut kept) = attributes {
+            if !self.policy.writable {
+                kept.mode &= !WRITE_BITS;
+            }
+            *self.attributes() = kept;
+        }
+        Export { node, ..self }
     }
 
     /// Where its report comes from; set before the first request.
     pub fn set_reporter(&self, reporter: Reporter) {
         let _ = self.reporter.set(reporter);
-    }
-
-    /// What it tells of itself, as one line of JSON. It waits for nobody, whatever the source does.
-    pub fn report(&self) -> Option<String> {
-        Some(self.reporter.get()?.line(&*self.backend))
     }
 
     /// Who is woken for [`Export::take_exceeded_size`] and [`Backend::outage`]; set before the
@@ -177,40 +184,54 @@ impl<B: Backend> Export<B> {
         let _ = self.control.set(control);
     }
 
-    /// The page cache in front of it.
-    pub fn cache(&self) -> Cache {
-        self.policy.cache
-    }
-
     /// The source of its bytes.
     pub fn backend(&self) -> &Arc<B> {
         &self.backend
     }
+}
 
-    /// Whether writes are allowed.
-    pub fn writable(&self) -> bool {
+impl<B: Backend> Served for Export<B> {
+    type Lane = B::Lane;
+
+    fn lane(self: &Arc<Self>, io: &Rc<Io>) -> std::io::Result<B::Lane> {
+        self.backend.lane(io)
+    }
+
+    fn waits_for(&self) -> WaitsFor {
+        self.capabilities.waits_for
+    }
+
+    fn cache(&self) -> Cache {
+        self.policy.cache
+    }
+
+    fn writable(&self) -> bool {
         self.policy.writable
     }
 
-    /// Whether its length can change.
-    pub fn growable(&self) -> bool {
+    fn growable(&self) -> bool {
         self.policy.growable
     }
 
-    /// Whether somebody has the file open, in whatever mount namespace.
-    pub fn is_open(&self) -> bool {
-        self.open_files.any_open()
+    fn size(&self) -> u64 {
+        self.backend.size()
     }
 
-    /// Whether a flush has failed: data that a client believes written may be lost, so the exit
-    /// status must say so.
-    pub fn flush_failed(&self) -> bool {
-        self.open_files.any_failure() || self.write_back_failed.load(Ordering::Relaxed)
+    fn set_notifier(&self, notifier: Notifier) {
+        let _ = self.notifier.set(notifier);
     }
 
-    /// Carries out `op`. A WRITE's data, and a GETXATTR's name, is at the front of `payload`; a
-    /// READ's data and an attribute's value goes there.
-    pub async fn handle(&self, lane: &B::Lane, op: Op, payload: &mut [u8]) -> Result<Reply, Errno> {
+    fn set_read_ahead(&self, bytes: u64) {
+        self.backend.set_read_ahead(bytes);
+    }
+
+    async fn handle(
+        &self,
+        lane: &B::Lane,
+        node: u64,
+        op: Op,
+        payload: &mut [u8],
+    ) -> Result<Reply, Errno> {
         match op {
             Op::Release { handle } => {
                 // Those whose fsync or close has failed in the kernel come here only.
@@ -221,6 +242,7 @@ impl<B: Backend> Export<B> {
             Op::Destroy => Ok(Reply::Done),
             Op::Unanswered | Op::Interrupt { .. } => Ok(Reply::Unanswered),
             _ if self.closed.load(Ordering::Relaxed) => Err(Errno::EIO),
+            _ if node != self.node => Err(Errno::ENOENT),
             Op::Read { handle, offset, size } => {
                 let access = Access::of(handle);
                 self.read(lane, access, offset, &mut payload[..size as usize]).await
@@ -266,9 +288,55 @@ impl<B: Backend> Export<B> {
             }
             // cp -a, rsync -X and tar --xattrs would keep what is listed with their copies.
             Op::Listxattr { room } => xattr(&[], 0, room, payload),
+            Op::Lookup
+            | Op::Opendir
+            | Op::Readdir { .. }
+            | Op::Releasedir
+            | Op::ChangeDirectory => Err(Errno::ENOSYS),
         }
     }
 
+    fn is_open(&self) -> bool {
+        self.open_files.any_open()
+    }
+
+    fn size_is_known(&self) {
+        self.size_unknown.store(false, Ordering::SeqCst);
+        self.size_told.notify(usize::MAX);
+    }
+
+    /// The kernel shows a larger size, for bytes that have no place.
+    fn take_exceeded_size(&self) -> Option<u64> {
+        let mut state = self.size_exceeded();
+        if *state != SizeExceeded::Written {
+            return None;
+        }
+        *state = SizeExceeded::No;
+        Some(self.backend.size())
+    }
+
+    fn outage(&self) -> Option<Outage> {
+        self.backend.outage()
+    }
+
+    fn flush_failed(&self) -> bool {
+        self.open_files.any_failure() || self.write_back_failed.load(Ordering::Relaxed)
+    }
+
+    fn hurry(&self) {
+        self.backend.hurry();
+    }
+
+    fn last_flush(&self, patience: Duration) -> std::io::Result<()> {
+        self.backend.last_flush(patience)
+    }
+
+    fn report(&self) -> Option<String> {
+        Some(self.reporter.get()?.line(self.backend.size(), self.backend.stats(), None))
+    }
+}
+
+impl<B: Backend> Export<B> {
     async fn read(
         &self,
         lane: &B::Lane,
@@ -362,19 +430,17 @@ impl<B: Backend> Export<B> {
 
     /// Sees to it that every open file hears of it, and the exit status, if something may be lost.
     fn flush_has_failed(&self, what: &str, error: std::io::Error) -> Errno {
-        log::error!("{what}: {error}");
+        match self.reporter.get().filter(|_| self.node != abi::ROOT_ID) {
+            // One of several files.
+            Some(reporter) => log::error!("{}: {what}: {error}", reporter.source),
+            None => log::error!("{what}: {error}"),
+        }
         if error.kind() == std::io::ErrorKind::NotConnected {
             return Errno::from(error);
         }
         let errno = Errno::from(error);
         self.open_files.failed(errno);
         errno
-    }
-
-    /// The end, when nobody is served any more: flushes what was written, and takes leave of the
-    /// source.
-    pub fn last_flush(&self, patience: Duration) -> std::io::Result<()> {
-        self.backend.last_flush(patience)
     }
 
     async fn fallocate(

@@ -26,12 +26,6 @@ pub(super) enum SizeExceeded {
 }
 
 impl<B: Backend> Export<B> {
-    /// With write-back: the kernel has been told the size, and files may be opened.
-    pub fn size_is_known(&self) {
-        self.size_unknown.store(false, Ordering::SeqCst);
-        self.size_told.notify(usize::MAX);
-    }
-
     pub(super) async fn until_size_is_known(&self) {
         while self.size_unknown.load(Ordering::SeqCst) {
             // Listen first and look again, or the news would be missed.
@@ -40,17 +34,6 @@ impl<B: Backend> Export<B> {
                 told.await;
             }
         }
-    }
-
-    /// The size, if the kernel has to be given it back: it shows a larger one, for bytes that have
-    /// no place.
-    pub fn take_exceeded_size(&self) -> Option<u64> {
-        let mut state = self.size_exceeded();
-        if *state != SizeExceeded::Written {
-            return None;
-        }
-        *state = SizeExceeded::No;
-        Some(self.backend.size())
     }
 
     /// A write of what the page cache held must be whole: the kernel does not write the rest.

@@ -113,12 +113,12 @@ fn fsync_beside(other: impl FnOnce(u64) -> Op) {
     let export = Export::new(disk.clone(), POLICY, Arc::default()).unwrap();
     block_on(async {
         let flags = libc::O_WRONLY as u32;
-        let opened = export.handle(&disk, Op::Open { flags }, &mut []).await;
+        let opened = export.handle(&disk, abi::ROOT_ID, Op::Open { flags }, &mut []).await;
         let Ok(Reply::Opened { handle, .. }) = opened else { panic!("{opened:?}") };
         let mut payload = [0; 512];
-        let mut other = pin!(export.handle(&disk, other(handle), &mut payload));
+        let mut other = pin!(export.handle(&disk, abi::ROOT_ID, other(handle), &mut payload));
         assert!(poll_once(&mut other).await.is_none());
-        let mut fsync = pin!(export.handle(&disk, Op::Fsync { handle }, &mut []));
+        let mut fsync = pin!(export.handle(&disk, abi::ROOT_ID, Op::Fsync { handle }, &mut []));
         assert!(poll_once(&mut fsync).await.is_none(), "it does not wait");
         tell.send(()).await.unwrap();
         let (other, fsync) = zip(other, fsync).await;
@@ -137,11 +137,11 @@ fn a_flush_that_hangs_does_not_hold_up_an_fsync() {
     block_on(async {
         let mut payload = [0; 512];
         let write = WRITE;
-        let mut hangs = pin!(export.handle(&disk, write, &mut payload));
+        let mut hangs = pin!(export.handle(&disk, abi::ROOT_ID, write, &mut payload));
         assert!(poll_once(&mut hangs).await.is_none());
-        export.handle(&disk, Op::Fsync { handle: 1 }, &mut []).await.unwrap();
+        export.handle(&disk, abi::ROOT_ID, Op::Fsync { handle: 1 }, &mut []).await.unwrap();
         let mut payload = [0; 512];
-        export.handle(&disk, write, &mut payload).await.unwrap();
+        export.handle(&disk, abi::ROOT_ID, write, &mut payload).await.unwrap();
     });
 }
 
@@ -153,4 +153,41 @@ fn an_fsync_hears_of_what_a_close_has_met() {
 #[test]
 fn an_fsync_hears_of_what_a_durable_write_has_met() {
     fsync_beside(|_| WRITE);
+}
+
+/// An export is one node of its connection, and knows no other.
+#[test]
+fn other_nodes_are_not_there() {
+    let (_tell, told) = bounded(1);
+    let disk = Arc::new(Disk { flushes: AtomicUsize::new(0), told });
+    let export = Export::new(disk.clone(), POLICY, Arc::default()).unwrap().at_node(7, None);
+    let stat = |node| {
+        let reply = block_on(export.handle(&disk, node, Op::Getattr { handle: None }, &mut []));
+        reply.map(|reply| matches!(reply, Reply::Attr { attr, .. } if attr.ino == 7))
+    };
+    assert_eq!(stat(7), Ok(true));
+    assert_eq!(stat(abi::ROOT_ID), Err(Errno::ENOENT));
+}
+
+/// A file that was connected to once more is the same file, but for what it may not be.
+#[test]
+fn attributes_are_kept_from_one_export_to_the_next() {
+    let (_tell, told) = bounded(1);
+    let disk = Arc::new(Disk { flushes: AtomicUsize::new(0), told });
+    let export =
+        |policy, kept| Export::new(disk.clone(), policy, Arc::default()).unwrap().at_node(7, kept);
+    let first = export(POLICY, None);
+    let change = crate::fuse::abi::SetattrIn {
+        valid: abi::fattr::MODE | abi::fattr::MTIME,
+        mode: 0o700,
+        mtime: 99,
+        ..Default::default()
+    };
+    block_on(first.handle(&disk, 7, Op::Setattr(change), &mut [])).unwrap();
+    let kept = Some(first.kept_attributes());
+    let (again, _) = export(POLICY, kept.clone()).attr_of(Stat::default());
+    assert_eq!((again.mode & 0o777, again.mtime), (0o700, 99));
+    let (read_only, _) =
+        export(Policy { writable: false, ..POLICY }, kept).attr_of(Stat::default());
+    assert_eq!(read_only.mode & 0o777, 0o500);
 }

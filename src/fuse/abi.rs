@@ -1,6 +1,6 @@
 //! The kernel's FUSE structures, as in `include/uapi/linux/fuse.h` (protocol 7.45).
 //!
-//! Only what an exported file needs. Every structure is plain old data without padding of its own
+//! Only what an exported file, or a directory of them, needs. Every structure is plain old data without padding of its own
 //! (checked below by size), so it may be copied from and to bytes.
 
 #![allow(unsafe_code)]
@@ -11,15 +11,23 @@ pub const KERNEL_VERSION: u32 = 7;
 pub const KERNEL_MINOR_VERSION: u32 = 45;
 /// The oldest minor version served: 7.31 (Linux 5.4) has every field used here.
 pub const OLDEST_MINOR_VERSION: u32 = 31;
-/// `FUSE_ROOT_ID`: the exported file is the root of its mount.
+/// `FUSE_ROOT_ID`: the exported file, or the directory of several, is the root of its mount.
 pub const ROOT_ID: u64 = 1;
 
 /// `enum fuse_opcode`, the ones that are answered.
 #[allow(missing_docs)] // the kernel's names
 pub mod opcode {
+    pub const LOOKUP: u32 = 1;
     pub const FORGET: u32 = 2;
     pub const GETATTR: u32 = 3;
     pub const SETATTR: u32 = 4;
+    pub const SYMLINK: u32 = 6;
+    pub const MKNOD: u32 = 8;
+    pub const MKDIR: u32 = 9;
+    pub const UNLINK: u32 = 10;
+    pub const RMDIR: u32 = 11;
+    pub const RENAME: u32 = 12;
+    pub const LINK: u32 = 13;
     pub const OPEN: u32 = 14;
     pub const READ: u32 = 15;
     pub const WRITE: u32 = 16;
@@ -30,11 +38,17 @@ pub mod opcode {
     pub const LISTXATTR: u32 = 23;
     pub const FLUSH: u32 = 25;
     pub const INIT: u32 = 26;
+    pub const OPENDIR: u32 = 27;
+    pub const READDIR: u32 = 28;
+    pub const RELEASEDIR: u32 = 29;
+    pub const CREATE: u32 = 35;
     pub const INTERRUPT: u32 = 36;
     pub const DESTROY: u32 = 38;
     pub const BATCH_FORGET: u32 = 42;
     pub const FALLOCATE: u32 = 43;
+    pub const RENAME2: u32 = 45;
     pub const LSEEK: u32 = 46;
+    pub const TMPFILE: u32 = 51;
 }
 
 /// INIT flags; the ones from bit 32 on travel in `flags2`.
@@ -219,6 +233,32 @@ pub struct AttrOut {
     pub attr_valid_nsec: u32,
     pub dummy: u32,
     pub attr: Attr,
+}
+
+/// `struct fuse_entry_out`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct EntryOut {
+    pub nodeid: u64,
+    pub generation: u64,
+    pub entry_valid: u64,
+    pub attr_valid: u64,
+    pub entry_valid_nsec: u32,
+    pub attr_valid_nsec: u32,
+    pub attr: Attr,
+}
+
+/// `struct fuse_dirent`, without the name that follows; the next one begins at a multiple of eight
+/// bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct Dirent {
+    pub ino: u64,
+    pub off: u64,
+    pub namelen: u32,
+    pub kind: u32,
 }
 
 /// `FUSE_GETATTR_FH`: `fh` means something.
@@ -437,7 +477,7 @@ plain! {
     InHeader: 40, OutHeader: 16, InitIn: 64, InitOut: 64, Attr: 88, AttrOut: 104, SetattrIn: 88,
     OpenIn: 8, OpenOut: 16, HandleIn: 8, InterruptIn: 8, ReadWriteIn: 40, WriteOut: 8, StatfsOut: 80,
     FallocateIn: 32, NotifyInvalInodeOut: 24, GetattrIn: 16, XattrIn: 8, XattrOut: 8,
-    LseekIn: 24, LseekOut: 8, UringEntInOut: 32, UringCmdReq: 24,
+    LseekIn: 24, LseekOut: 8, EntryOut: 128, Dirent: 24, UringEntInOut: 32, UringCmdReq: 24,
 }
 
 #[cfg(test)]

@@ -9,16 +9,22 @@ use rustix::io::Errno;
 use super::abi::{self, NotifyInvalInodeOut, OutHeader, Plain};
 use crate::pool;
 
-/// A way to the kernel's side of the connection.
+/// A way to the kernel's side of the connection, about one node of it.
 #[derive(Clone, Debug)]
 pub struct Notifier {
     device: Arc<OwnedFd>,
+    node: u64,
 }
 
 impl Notifier {
-    /// By a descriptor of the connection.
+    /// By a descriptor of the connection; about its root.
     pub fn new(device: OwnedFd) -> Notifier {
-        Notifier { device: Arc::new(device) }
+        Notifier { device: Arc::new(device), node: abi::ROOT_ID }
+    }
+
+    /// The same about another node.
+    pub fn about(&self, node: u64) -> Notifier {
+        Notifier { device: self.device.clone(), node }
     }
 
     /// Drops what the page cache holds of a range of the file. A length of zero means up to the
@@ -28,10 +34,10 @@ impl Notifier {
     /// the calling thread. So never on behalf of a request whose client holds pages locked: that of
     /// a WRITE through the cache.
     pub async fn invalidate(&self, offset: u64, len: u64) -> io::Result<()> {
-        let device = self.device.clone();
+        let (device, ino) = (self.device.clone(), self.node);
         pool::run(move || {
             let range = NotifyInvalInodeOut {
-                ino: abi::ROOT_ID,
+                ino,
                 off: offset as i64,
                 len: i64::try_from(len).unwrap_or(0),
             };

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::abi::{Attr, AttrOut, LseekOut, OpenOut, Plain, StatfsOut, WriteOut, XattrOut};
+use super::abi::{
+    Attr, AttrOut, EntryOut, LseekOut, OpenOut, Plain, StatfsOut, WriteOut, XattrOut,
+};
 
 /// A successful answer.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +21,15 @@ pub enum Reply {
         attr: Attr,
         /// For how long the kernel may show it again without asking
         valid: Duration,
+    },
+    /// A name was found in a directory; its node has the number `attr.ino`.
+    Entry {
+        /// What `stat` shows
+        attr: Attr,
+        /// For how long the kernel may show it again without asking
+        valid: Duration,
+        /// For how long the name stands for that node
+        entry_valid: Duration,
     },
     /// A file was opened.
     Opened {
@@ -53,6 +64,18 @@ impl Reply {
                 let (attr_valid, attr_valid_nsec) = (valid.as_secs(), valid.subsec_nanos());
                 put(payload, AttrOut { attr, attr_valid, attr_valid_nsec, dummy: 0 })
             }
+            Reply::Entry { attr, valid, entry_valid } => put(
+                payload,
+                EntryOut {
+                    nodeid: attr.ino,
+                    generation: 0,
+                    entry_valid: entry_valid.as_secs(),
+                    attr_valid: valid.as_secs(),
+                    entry_valid_nsec: entry_valid.subsec_nanos(),
+                    attr_valid_nsec: valid.subsec_nanos(),
+                    attr,
+                },
+            ),
             Reply::Opened { handle, flags } => {
                 put(payload, OpenOut { fh: handle, open_flags: flags, backing_id: 0 })
             }
@@ -79,6 +102,9 @@ mod tests {
             len(Reply::Attr { attr: Attr::default(), valid: Duration::ZERO }, &mut payload),
             104
         );
+        let (attr, valid) = (Attr { ino: 7, ..Attr::default() }, Duration::ZERO);
+        assert_eq!(len(Reply::Entry { attr, valid, entry_valid: valid }, &mut payload), 128);
+        assert_eq!(payload[0], 7);
         assert_eq!(len(Reply::Opened { handle: 3, flags: 1 }, &mut payload), 16);
         assert_eq!(payload[..9], [3, 0, 0, 0, 0, 0, 0, 0, 1]);
         assert_eq!(len(Reply::Statfs(StatfsOut::default()), &mut payload), 80);

@@ -98,8 +98,22 @@ pub enum Op {
         /// The request's number
         unique: u64,
     },
-    /// FORGET and BATCH_FORGET: the kernel waits for no answer, and the one node is never
-    /// forgotten.
+    /// A name in a directory; it is in the payload, and a zero byte behind it
+    Lookup,
+    /// `opendir`
+    Opendir,
+    /// `getdents`
+    Readdir {
+        /// The number behind the entry before the first one that is wanted; 0 at the beginning
+        offset: u64,
+        /// The room for entries, in bytes
+        size: u32,
+    },
+    /// The last close of an open directory
+    Releasedir,
+    /// What makes, removes or renames something in a directory
+    ChangeDirectory,
+    /// FORGET and BATCH_FORGET: the kernel waits for no answer, and no node is ever forgotten.
     Unanswered,
 }
 
@@ -120,9 +134,6 @@ impl Op {
             opcode::INTERRUPT => {
                 need(size_of::<InterruptIn>())?;
                 Op::Interrupt { unique: InterruptIn::read(args).unique }
-            }
-            _ if header.nodeid != abi::ROOT_ID && header.opcode != opcode::DESTROY => {
-                return Err(Errno::ENOENT);
             }
             opcode::GETATTR => {
                 need(size_of::<GetattrIn>())?;
@@ -177,6 +188,24 @@ impl Op {
                 need(size_of::<XattrIn>())?;
                 Op::Listxattr { room: XattrIn::read(args).size }
             }
+            opcode::LOOKUP => Op::Lookup,
+            opcode::OPENDIR => Op::Opendir,
+            opcode::READDIR => {
+                need(size_of::<ReadWriteIn>())?;
+                let arg = ReadWriteIn::read(args);
+                Op::Readdir { offset: arg.offset, size: bounded(arg.size)? }
+            }
+            opcode::RELEASEDIR => Op::Releasedir,
+            opcode::SYMLINK
+            | opcode::MKNOD
+            | opcode::MKDIR
+            | opcode::UNLINK
+            | opcode::RMDIR
+            | opcode::RENAME
+            | opcode::LINK
+            | opcode::CREATE
+            | opcode::RENAME2
+            | opcode::TMPFILE => Op::ChangeDirectory,
             opcode::DESTROY => Op::Destroy,
             _ => return Err(Errno::ENOSYS),
         })
@@ -213,7 +242,7 @@ mod tests {
     #[test]
     fn sizes_beyond_the_payload_are_refused() {
         let arg = ReadWriteIn { size: 4097, ..Default::default() };
-        for code in [opcode::READ, opcode::WRITE] {
+        for code in [opcode::READ, opcode::WRITE, opcode::READDIR] {
             assert_eq!(Op::decode(&header(code), arg.as_bytes(), 4096).unwrap_err(), Errno::EINVAL);
         }
     }
@@ -225,6 +254,7 @@ mod tests {
             opcode::SETATTR,
             opcode::OPEN,
             opcode::READ,
+            opcode::READDIR,
             opcode::WRITE,
             opcode::LSEEK,
             opcode::FSYNC,
@@ -238,10 +268,8 @@ mod tests {
     }
 
     #[test]
-    fn unknown_operations_are_enosys_and_other_nodes_enoent() {
+    fn unknown_operations_are_enosys() {
         assert_eq!(Op::decode(&header(4095), &[], 4096).unwrap_err(), Errno::ENOSYS);
-        let other = InHeader { nodeid: 2, ..header(opcode::GETATTR) };
-        assert_eq!(Op::decode(&other, &[], 4096).unwrap_err(), Errno::ENOENT);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use rustix::process::{getegid, geteuid};
 
 use super::place::Place;
-use super::{FS_TYPE, Options};
+use super::{FS_TYPE, Options, Shape};
 use crate::sys;
 
 pub(super) struct Refused {
@@ -22,7 +22,11 @@ pub(super) struct Refused {
     pub(super) text: String,
 }
 
-pub(super) fn mount_as_root(place: &Place, options: &Options) -> Result<OwnedFd, Refused> {
+pub(super) fn mount_as_root(
+    place: &Place,
+    shape: Shape,
+    options: &Options,
+) -> Result<OwnedFd, Refused> {
     let device = sys::open_fuse_device().map_err(|e| {
         let cure = match e.raw_os_error() {
             Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
@@ -36,7 +40,10 @@ pub(super) fn mount_as_root(place: &Place, options: &Options) -> Result<OwnedFd,
     let data = format!(
         "fd={},rootmode={:o},user_id={uid},group_id={gid},default_permissions{}",
         device.as_raw_fd(),
-        libc::S_IFREG,
+        match shape {
+            Shape::File => libc::S_IFREG,
+            Shape::Directory => libc::S_IFDIR,
+        },
         if options.allow_other { ",allow_other" } else { "" },
     );
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV;

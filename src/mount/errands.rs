@@ -18,7 +18,7 @@ const NAME: &str = "diskfuse-errand";
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Errand {
-    /// Read the first bytes, as a client would.
+    /// Read the first bytes, or a directory's first entry, as a client would.
     Read,
     /// Have the kernel write what its page cache holds.
     WriteBack,
@@ -66,6 +66,9 @@ impl Errand {
         }
         let path = &PathBuf::from(format!("/proc/self/fd/{}", place.as_raw_fd()));
         match self {
+            Errand::Read if place.metadata()?.is_dir() => {
+                path.read_dir()?.next().transpose().map(drop)
+            }
             Errand::Read => File::open(path)?.read_at(&mut [0; 4096], 0).map(drop),
             Errand::WriteBack => File::open(path)?.sync_all(),
             Errand::Size(size) => sys::truncate(path, size),

@@ -1,4 +1,4 @@
-//! Mounting on a regular file, and leaving no trace of it.
+//! Mounting on a regular file, or an empty directory, and leaving no trace of it.
 //!
 //! root mounts by mount(2); everybody else asks `fusermount3`. [`Mountpoint::prepare`] makes all
 //! the checks that can fail before anything is changed, [`Mountpoint::mount`] gives a [`Mount`],
@@ -47,6 +47,15 @@ impl std::fmt::Display for MountError {
 }
 
 impl std::error::Error for MountError {}
+
+/// What is mounted, and on what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// One file, on a regular file.
+    File,
+    /// A directory, on an empty one.
+    Directory,
+}
 
 /// How to mount.
 #[derive(Clone, Debug)]

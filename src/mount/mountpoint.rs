@@ -1,9 +1,9 @@
-//! The regular file that is mounted on.
+//! The regular file, or the empty directory, that is mounted on.
 
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -13,28 +13,30 @@ use super::calls::{mount_as_root, mount_by_helper};
 use super::place::{Place, Seen};
 use super::table::mountinfo_entry;
 use super::{
-    FS_TYPE, Mount, MountError, Options, abort_handle, clear_dead_mount, is_dead, is_mounted,
+    FS_TYPE, Mount, MountError, Options, Shape, abort_handle, clear_dead_mount, is_dead, is_mounted,
 };
 use crate::sys;
 
-/// Locked, by all of those that will remove it, in an empty file that was created as a mountpoint.
+/// Locked, by all of those that will remove it, in an empty file or directory that was created as a
+/// mountpoint.
 /// A process that comes while the one before it is still ending has to know: the file was not there
 /// before either of them.
 const CREATED_LOCK: u64 = i64::MAX as u64 - 3;
 
-/// A regular file to mount on, checked and, if it was missing, created.
+/// A regular file, or an empty directory, to mount on, checked and, if it was missing, created.
 #[derive(Debug)]
 pub struct Mountpoint {
     pub(super) place: Place,
+    shape: Shape,
     /// The file, if it was created here or by a diskfuse that has not ended yet: it is removed in
     /// the end. As long as it is open its inode's number means no other file.
     pub(super) created: Option<File>,
 }
 
 impl Mountpoint {
-    /// Checks that `path` is a regular file that nothing is mounted on; creates it if it is
-    /// missing, and clears away what a killed diskfuse left mounted there.
-    pub fn prepare(path: &Path) -> Result<Mountpoint, MountError> {
+    /// Checks that `path` is a regular file, or an empty directory, that nothing is mounted on;
+    /// creates it if it is missing, and clears away what a killed diskfuse left mounted there.
+    pub fn prepare(path: &Path, shape: Shape) -> Result<Mountpoint, MountError> {
         let fail = |why: &str| MountError(format!("{}: {why}", path.display()));
         clear_dead_mount(path);
         let mut created = None;
@@ -47,7 +49,7 @@ impl Mountpoint {
         let metadata = match metadata {
             Ok(metadata) => metadata,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let (file, metadata) = create(path).map_err(|e| match e.kind() {
+                let (file, metadata) = create(path, shape).map_err(|e| match e.kind() {
                     io::ErrorKind::NotFound => {
                         fail("cannot be created: its folder does not exist (make it with mkdir -p)")
                     }
@@ -69,20 +71,25 @@ impl Mountpoint {
             }
             Err(e) => return Err(fail(&e.to_string())),
         };
-        if metadata.is_dir() {
+        if shape == Shape::Directory && !metadata.is_dir() {
+            return Err(fail(
+                "is not a directory: for all exports of a server it must be an empty one, or missing",
+            ));
+        }
+        if shape == Shape::File && metadata.is_dir() {
             return Err(fail(&format!(
                 "is a directory: the mountpoint must be a regular file (systemd makes a directory of one that is \
                  missing: rmdir {0} && touch {0})",
                 path.display()
             )));
         }
-        if !metadata.is_file() {
+        if shape == Shape::File && !metadata.is_file() {
             return Err(fail("is not a regular file: the mountpoint must be one"));
         }
         // mount(2) follows links and umount2(2) is told not to, so both get the place without any.
         let place = fs::canonicalize(path).and_then(|path| Place::of(&path));
         let place = place.map_err(|e| fail(&e.to_string()))?;
-        let mut mountpoint = Mountpoint { place, created };
+        let mut mountpoint = Mountpoint { place, shape, created };
         match mountinfo_entry(mountpoint.place.path()).map_err(|e| fail(&e.to_string()))? {
             Some(entry) if entry.fs_type == FS_TYPE => {
                 return Err(fail(&format!(
@@ -98,14 +105,36 @@ impl Mountpoint {
             }
             None => {}
         }
-        if mountpoint.created.is_none() && metadata.len() == 0 {
-            mountpoint.created = created_by_others(&mountpoint.place);
+        let is_empty = match shape {
+            Shape::File => metadata.len() == 0,
+            Shape::Directory => {
+                let first = fs::read_dir(path).map(|mut entries| entries.next());
+                if first.map_err(|e| fail(&e.to_string()))?.is_some() {
+                    return Err(fail(
+                        "is not empty, and what is in it would be hidden: choose another directory, \
+                         or one that is missing",
+                    ));
+                }
+                true
+            }
+        };
+        if mountpoint.created.is_none() && is_empty {
+            mountpoint.created = created_by_others(&mountpoint.place, shape);
         }
         // fusermount3 would refuse it with a message of its own; this one says what to do.
-        if !geteuid().is_root() && OpenOptions::new().write(true).open(path).is_err() {
-            return Err(fail(
-                "not writable: an ordinary user may mount only on a file that is his to write (chmod u+w)",
-            ));
+        let is_writable = || match shape {
+            Shape::File => OpenOptions::new().write(true).open(path).is_ok(),
+            Shape::Directory => rustix::fs::access(path, rustix::fs::Access::WRITE_OK).is_ok(),
+        };
+        if !geteuid().is_root() && !is_writable() {
+            let what = match shape {
+                Shape::File => "file",
+                Shape::Directory => "directory",
+            };
+            return Err(fail(&format!(
+                "not writable: an ordinary user may mount only on a {what} that is his to write \
+                 (chmod u+w)"
+            )));
         }
         Ok(mountpoint)
     }
@@ -136,7 +165,8 @@ impl Mountpoint {
     }
 
     pub(super) fn try_mount(&self, options: &Options) -> Result<(OwnedFd, bool), String> {
-        let by_root = geteuid().is_root().then(|| mount_as_root(&self.place, options)).transpose();
+        let is_root = geteuid().is_root();
+        let by_root = is_root.then(|| mount_as_root(&self.place, self.shape, options)).transpose();
         let path = self.path();
         let (device, by_helper) = match by_root {
             Ok(Some(device)) => (device, false),
@@ -156,9 +186,16 @@ impl Mountpoint {
     }
 }
 
-pub(super) fn create(path: &Path) -> io::Result<(File, Metadata)> {
+pub(super) fn create(path: &Path, shape: Shape) -> io::Result<(File, Metadata)> {
     let mut options = OpenOptions::new();
-    let file = options.read(true).write(true).create_new(true).mode(0o600).open(path)?;
+    let file = match shape {
+        Shape::File => options.read(true).write(true).create_new(true).mode(0o600).open(path)?,
+        Shape::Directory => {
+            DirBuilder::new().mode(0o700).create(path)?;
+            let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+            options.read(true).custom_flags(flags).open(path)?
+        }
+    };
     if let Err(e) = sys::share_byte(&file, CREATED_LOCK) {
         log::debug!("{}: {e}", path.display());
     }
@@ -167,22 +204,31 @@ pub(super) fn create(path: &Path) -> io::Result<(File, Metadata)> {
 }
 
 impl Drop for Mountpoint {
-    /// Removes the file if it was created here, and is still that empty file.
+    /// Removes the file if it was created here, and is still that empty file; of a directory the
+    /// same.
     fn drop(&mut self) {
         let Some(created) = &self.created else { return };
         let ours = created.metadata().map(|m| (m.dev(), m.ino()));
         let is_ours = |seen: Seen| {
-            seen.is_file
-                && seen.len == 0
-                && ours.is_ok_and(|ours| ours == (seen.device, seen.inode))
+            let is_like_ours = match self.shape {
+                Shape::File => seen.is_file && seen.len == 0,
+                Shape::Directory => seen.is_directory,
+            };
+            is_like_ours && ours.is_ok_and(|ours| ours == (seen.device, seen.inode))
         };
         if !self.place.seen().is_ok_and(is_ours) {
             return;
         }
-        match self.place.remove() {
+        let removed = match self.shape {
+            Shape::File => self.place.remove(),
+            Shape::Directory => self.place.remove_directory(),
+        };
+        match removed {
             Ok(()) => {}
             // Somebody has mounted on it meanwhile, and removes it in turn.
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
+            // Somebody has put something into it, which stays.
+            Err(e) if e.raw_os_error() == Some(libc::ENOTEMPTY) => {}
             Err(e) => log::warn!("{}: cannot be removed: {e}", self.path().display()),
         }
     }
@@ -190,8 +236,12 @@ impl Drop for Mountpoint {
 
 /// The file, if one is there that others have created as a mountpoint and are about to remove. From
 /// here on this process is one of them.
-pub(super) fn created_by_others(place: &Place) -> Option<File> {
-    let file = place.open(OFlags::RDWR, 0).ok()?;
+pub(super) fn created_by_others(place: &Place, shape: Shape) -> Option<File> {
+    let flags = match shape {
+        Shape::File => OFlags::RDWR,
+        Shape::Directory => OFlags::RDONLY | OFlags::DIRECTORY,
+    };
+    let file = place.open(flags, 0).ok()?;
     let theirs = sys::byte_is_locked(&file, CREATED_LOCK);
     (theirs && sys::share_byte(&file, CREATED_LOCK).is_ok()).then_some(file)
 }

@@ -30,6 +30,8 @@ pub struct Seen {
     pub inode: u64,
     /// Of regular files.
     pub is_file: bool,
+    /// Of directories.
+    pub is_directory: bool,
     /// In bytes
     pub len: u64,
     /// The kernel's number of the mount that it is of, ...
@@ -89,6 +91,7 @@ impl Place {
             device: rustix::fs::makedev(seen.stx_dev_major, seen.stx_dev_minor),
             inode: seen.stx_ino,
             is_file: u32::from(seen.stx_mode) & libc::S_IFMT == libc::S_IFREG,
+            is_directory: u32::from(seen.stx_mode) & libc::S_IFMT == libc::S_IFDIR,
             len: seen.stx_size,
             mount: seen.stx_mnt_id,
             is_unique: seen.stx_mask & STATX_MNT_ID_UNIQUE != 0,
@@ -103,12 +106,12 @@ impl Place {
     }
 
     /// The very file, which cannot become a link to another meanwhile. It is not opened by this
-    /// (`O_PATH`), and it is a regular one.
+    /// (`O_PATH`), and it is a regular one or a directory.
     pub fn file(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.folder, &self.name, flags, Mode::empty())?;
         match rustix::fs::fstat(&file)?.st_mode & libc::S_IFMT {
-            libc::S_IFREG => Ok(file),
+            libc::S_IFREG | libc::S_IFDIR => Ok(file),
             libc::S_IFLNK => Err(io::Error::other("it is a symbolic link")),
             _ => Err(io::Error::other("it is no regular file")),
         }
@@ -124,6 +127,11 @@ impl Place {
     /// Removes what is there, not what a link points to.
     pub fn remove(&self) -> io::Result<()> {
         Ok(rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty())?)
+    }
+
+    /// Removes the directory that is there, if there is nothing in it.
+    pub fn remove_directory(&self) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::REMOVEDIR)?)
     }
 }
 

@@ -50,12 +50,12 @@ fn a_missing_mountpoint_is_created_and_removed() {
     let folder = std::env::temp_dir().join(format!("diskfuse-mount-{}", std::process::id()));
     fs::create_dir(&folder).unwrap();
     let path = folder.join("disk");
-    let mountpoint = Mountpoint::prepare(&path).unwrap();
+    let mountpoint = Mountpoint::prepare(&path, Shape::File).unwrap();
     assert!(path.exists());
     drop(mountpoint);
     assert!(!path.exists());
     // But not when it has become somebody else's.
-    let mountpoint = Mountpoint::prepare(&path).unwrap();
+    let mountpoint = Mountpoint::prepare(&path, Shape::File).unwrap();
     fs::write(&path, "content").unwrap();
     drop(mountpoint);
     assert!(path.exists());

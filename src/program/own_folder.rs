@@ -92,6 +92,8 @@ fn clear_away(mountpoint: &Path) -> io::Result<()> {
     // It is empty: whatever is not is somebody's, and keeps the folder.
     if mountpoint.symlink_metadata().is_ok_and(|file| file.is_file() && file.len() == 0) {
         gone(std::fs::remove_file(mountpoint))?;
+    } else if mountpoint.symlink_metadata().is_ok_and(|folder| folder.is_dir()) {
+        gone(std::fs::remove_dir(mountpoint))?;
     }
     gone(std::fs::remove_dir(folder))
 }

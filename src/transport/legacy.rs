@@ -30,9 +30,8 @@ use smol::{LocalExecutor, future};
 use super::Server;
 use super::pace::Pace;
 use super::slot::{BURST_OVER, HEAD_LEN, Memory, ReplySink, Slot};
-use crate::backend::Backend;
 use crate::errno::Errno;
-use crate::export::Export;
+use crate::export::Served;
 use crate::fuse::abi::{InHeader, OutHeader, Plain, ReadWriteIn, XattrIn, opcode};
 use crate::session::ConnectionEnd;
 use crate::stats::ThreadStats;
@@ -57,11 +56,11 @@ const FIRST_DEPTH: usize = 8;
 pub type ReaderToken = Arc<Mutex<()>>;
 
 /// What a worker needs.
-pub struct Worker<B: Backend> {
+pub struct Worker<S: Served> {
     /// Its own descriptor of the connection, not blocking.
     pub device: OwnedFd,
     /// What it serves.
-    pub export: Arc<Export<B>>,
+    pub export: Arc<S>,
     /// Its counters.
     pub stats: Arc<ThreadStats>,
     /// Shared by the workers of one connection.
@@ -87,7 +86,7 @@ struct Channel {
     starved: RefCell<Option<Waker>>,
 }
 
-impl<B: Backend> Worker<B> {
+impl<S: Served> Worker<S> {
     /// Serves until the connection ends. An error is one of set-up or of /dev/fuse itself.
     pub fn run(self) -> io::Result<()> {
         let executor = Rc::new(LocalExecutor::new());
@@ -118,9 +117,9 @@ impl<B: Backend> Worker<B> {
 }
 
 impl Channel {
-    async fn read_requests<B: Backend>(
+    async fn read_requests<S: Served>(
         self: Rc<Self>,
-        server: &Rc<Server<B>>,
+        server: &Rc<Server<S>>,
         reader_token: &ReaderToken,
         stats: &ThreadStats,
     ) -> io::Result<()> {
@@ -167,7 +166,7 @@ impl Channel {
     }
 
     /// Serves, beside the reader, what there is.
-    async fn help<B: Backend>(self: &Rc<Self>, server: &Rc<Server<B>>) -> Stop {
+    async fn help<S: Served>(self: &Rc<Self>, server: &Rc<Server<S>>) -> Stop {
         let mut served = 0_u32;
         loop {
             let memory = self.free_memory().await;
@@ -229,10 +228,15 @@ impl Channel {
                     memory.has_arrived(Instant::now());
                     let header: InHeader = memory.head_struct(READ_AT);
                     let args = (READ_AT + size_of::<InHeader>(), len - size_of::<InHeader>());
-                    if header.opcode == opcode::GETXATTR {
+                    let before_name = match header.opcode {
+                        opcode::GETXATTR => Some(size_of::<XattrIn>()),
+                        opcode::LOOKUP => Some(0),
+                        _ => None,
+                    };
+                    if let Some(before) = before_name {
                         // Where a ring has it.
                         let end = READ_AT + len;
-                        let name = (args.0 + size_of::<XattrIn>()).min(end)..end;
+                        let name = (args.0 + before).min(end)..end;
                         memory.bytes_mut().copy_within(name, HEAD_LEN);
                     }
                     return Ok(Slot::new(memory, header, args, self.clone()));
@@ -258,7 +262,7 @@ impl Channel {
 
     /// Waits for `event`: a request, or the turn to wait for one. When a burst of large ones is
     /// over, their pages go.
-    async fn wait<B: Backend, T>(&self, server: &Server<B>, event: impl Future<Output = T>) -> T {
+    async fn wait<S: Served, T>(&self, server: &Server<S>, event: impl Future<Output = T>) -> T {
         let mut event = pin!(event);
         while self.free.borrow().iter().any(Memory::has_burst_pages) {
             let over = async {

@@ -15,9 +15,9 @@ use std::task::{Poll, Waker};
 
 use smol::{LocalExecutor, Timer, future};
 
-use crate::backend::{Backend, WaitsFor};
+use crate::backend::WaitsFor;
 use crate::errno::Errno;
-use crate::export::Export;
+use crate::export::Served;
 use crate::fuse::reply::Reply;
 use crate::fuse::request::Op;
 use crate::io::Io;
@@ -39,9 +39,9 @@ pub mod slot;
 pub mod uring;
 
 /// One thread's handlers: carries requests to the export and their answers back.
-pub struct Server<B: Backend> {
-    export: Arc<Export<B>>,
-    lane: B::Lane,
+pub struct Server<S: Served> {
+    export: Arc<S>,
+    lane: S::Lane,
     io: Rc<Io>,
     executor: Rc<LocalExecutor<'static>>,
     stats: Arc<ThreadStats>,
@@ -53,24 +53,24 @@ pub struct Server<B: Backend> {
     drained: RefCell<Option<Waker>>,
 }
 
-impl<B: Backend> Server<B> {
+impl<S: Served> Server<S> {
     /// Handlers with a lane of their own, that wait on `executor` for what it cannot give at once.
     /// The thread sleeps in `ring`, or else in async-io's reactor, see [`Io::new`].
     pub fn new(
-        export: Arc<Export<B>>,
+        export: Arc<S>,
         ring: Option<Rc<Ring>>,
         executor: Rc<LocalExecutor<'static>>,
         stats: Arc<ThreadStats>,
         interrupts: Interrupts,
-    ) -> io::Result<Rc<Server<B>>> {
+    ) -> io::Result<Rc<Server<S>>> {
         // SAFETY: the lane's futures are in those of `answer`, which own the slot that they read
         // into and write from: who leaks one leaks the slot's memory too. Tasks that the lane
         // begins by itself, to read ahead, own their buffers likewise.
         let io = unsafe { Io::new(ring, executor.clone()) };
-        let lane = export.backend().lane(&io)?;
+        let lane = export.lane(&io)?;
         let interrupted = interrupts.listen();
         let server = Rc::new(Server {
-            waits_for: export.backend().capabilities().waits_for,
+            waits_for: export.waits_for(),
             export,
             lane,
             io,
@@ -154,10 +154,10 @@ impl<B: Backend> Server<B> {
         if let Op::Interrupt { unique } = op {
             self.interrupts.interrupt(unique);
         }
-        let (unique, client) = (slot.unique(), slot.client());
+        let (node, unique, client) = (slot.node(), slot.unique(), slot.client());
         let answer = {
             // Pinned here: a future that is passed on is copied.
-            let mut handled = pin!(self.export.handle(&self.lane, op, slot.payload_mut()));
+            let mut handled = pin!(self.export.handle(&self.lane, node, op, slot.payload_mut()));
             match self.waits_for {
                 WaitsFor::Server => {
                     self.unless_interrupted(op, unique, client, handled.as_mut()).await

@@ -258,6 +258,11 @@ impl Slot {
         self.header.opcode
     }
 
+    /// The node that it is about; zero where it is about none.
+    pub fn node(&self) -> u64 {
+        self.header.nodeid
+    }
+
     /// The request's number.
     pub fn unique(&self) -> u64 {
         self.header.unique

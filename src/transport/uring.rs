@@ -39,9 +39,9 @@ use super::pace::Pace;
 use super::queues::{self, Queues};
 use super::ring::Ring;
 use super::slot::{BURST_OVER, Memory, ReplySink, Slot};
-use crate::backend::{Backend, WaitsFor};
+use crate::backend::WaitsFor;
 use crate::errno::Errno;
-use crate::export::Export;
+use crate::export::Served;
 use crate::fuse::abi::{InHeader, OutHeader, UringEntInOut, uring_header};
 use crate::session::ConnectionEnd;
 use crate::stats::ThreadStats;
@@ -55,7 +55,7 @@ const TURN: usize = 256;
 const DISK_TURN: usize = 4;
 
 /// What one completion thread needs.
-pub struct RingThread<B: Backend> {
+pub struct RingThread<S: Served> {
     /// Its own descriptor of the connection.
     pub device: OwnedFd,
     /// Its number among the threads.
@@ -69,7 +69,7 @@ pub struct RingThread<B: Backend> {
     /// The requests that are for this one.
     pub requests: Receiver<Memory>,
     /// What it serves.
-    pub export: Arc<Export<B>>,
+    pub export: Arc<S>,
     /// Its counters.
     pub stats: Arc<ThreadStats>,
     /// Told of the end of the connection.
@@ -121,7 +121,7 @@ pub enum Progress {
     Refused(io::Error),
 }
 
-impl<B: Backend> RingThread<B> {
+impl<S: Served> RingThread<S> {
     /// Serves until the connection ends. Reports to `progress`; registers when `proceed` says so,
     /// and ends at once when that is closed.
     pub fn run(
@@ -130,7 +130,7 @@ impl<B: Backend> RingThread<B> {
         proceed: mpsc::Receiver<()>,
     ) -> io::Result<()> {
         let reporter = Reporter(progress);
-        let waits_for = self.export.backend().capabilities().waits_for;
+        let waits_for = self.export.waits_for();
         let executor = Rc::new(LocalExecutor::new());
         let set_up = || {
             let ring = Ring::new(self.depths.most as u32)?;
@@ -254,7 +254,7 @@ async fn in_turns(
 }
 
 /// The handlers' end of the channel.
-async fn serve<B: Backend>(server: Rc<Server<B>>, requests: Receiver<Memory>, sink: Rc<Committer>) {
+async fn serve<S: Served>(server: Rc<Server<S>>, requests: Receiver<Memory>, sink: Rc<Committer>) {
     while let Ok(memory) = requests.recv().await {
         let header: InHeader = memory.head_struct(uring_header::IN_OUT);
         let args = (uring_header::OP_IN, uring_header::OP_IN_LEN);
@@ -263,14 +263,14 @@ async fn serve<B: Backend>(server: Rc<Server<B>>, requests: Receiver<Memory>, si
 }
 
 /// The completion thread's loop.
-struct Loop<B: Backend> {
+struct Loop<S: Served> {
     ring: Rc<Ring>,
     entries: Rc<Entries>,
     /// Entries that this thread has registered, by queue.
     registered: Vec<usize>,
     /// See [`Depths`].
     most: usize,
-    server: Rc<Server<B>>,
+    server: Rc<Server<S>>,
     queues: Arc<Queues>,
     here: usize,
     waits_for: WaitsFor,
@@ -280,7 +280,7 @@ struct Loop<B: Backend> {
     connection_end: Arc<ConnectionEnd>,
 }
 
-impl<B: Backend> Loop<B> {
+impl<S: Served> Loop<S> {
     fn run(mut self, handlers: impl Future<Output = ()>) -> io::Result<()> {
         let mut handlers = pin!(handlers);
         let waker = Waker::from(self.doorbell.clone());

@@ -145,8 +145,18 @@ impl Server {
         Server::start(command.args(options).arg(disk), address)
     }
 
-    /// Its export is named `disk`.
+    /// Its export is named `disk`, and not listed.
     pub fn nbd_server(sandbox: &Sandbox, address: &Address, disk: &Path) -> Server {
+        Server::nbd_server_with("", sandbox, address, disk)
+    }
+
+    /// The same, with more lines of its configuration.
+    pub fn nbd_server_with(
+        more: &str,
+        sandbox: &Sandbox,
+        address: &Address,
+        disk: &Path,
+    ) -> Server {
         let listen = match address {
             // It listens on TCP as well.
             Address::Unix(path) => {
@@ -157,7 +167,8 @@ impl Server {
         };
         let config = sandbox.join("nbd-server.conf");
         let export = format!("[disk]\nexportname = {}\nflush = true\nfua = true\n", disk.display());
-        std::fs::write(&config, format!("[generic]\nport = {PORT}\n{listen}{export}")).unwrap();
+        let generic = format!("[generic]\nport = {PORT}\n{more}{listen}");
+        std::fs::write(&config, format!("{generic}{export}")).unwrap();
         let pidfile = sandbox.join("nbd-server.pid");
         // In the foreground it would serve one connection only.
         succeed(program("nbd-server", ["-C"]).arg(&config).arg("-p").arg(&pidfile));

@@ -5,6 +5,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod all;
 mod calls;
 mod filters;
 mod hosts;
@@ -101,6 +102,15 @@ macro_rules! tests {
 
 fn main() -> ExitCode {
     let tests = tests![
+        all::hundred_exports_are_listed_read_and_written ["root", "nbdkit"],
+        all::nothing_is_made_or_removed_in_it ["root", "nbdkit"],
+        all::names_are_escaped ["nbdkit"],
+        all::one_that_fails_hurts_no_other ["nbdkit"],
+        all::server_that_comes_back_is_there_for_open_files ["nbdkit"],
+        all::acknowledged_writes_are_flushed_at_the_end ["nbdkit"],
+        all::lost_writes_are_told_at_the_end ["nbdkit"],
+        all::read_only_files_cannot_be_written ["root", "nbdkit"],
+        all::exports_of_nbd_server_have_their_sizes ["nbd-server"],
         filters::fsx_passes_through_blocks_of_4096 ["nbdkit", "fsx"],
         filters::errors_hit_only_the_range_they_are_in ["nbdkit"],
         filters::errors_come_and_go ["nbdkit"],
@@ -197,6 +207,7 @@ fn main() -> ExitCode {
     }
     let examples = servers::man_page_has_these_examples;
     trials.push(trial("servers::man_page_has_these_examples".into(), vec![], examples));
+    trials.extend(all::trials());
     trials.extend(refusals::trials());
     trials.extend(tls::trials());
     trials.extend(vsock::trials());

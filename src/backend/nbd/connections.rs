@@ -121,7 +121,7 @@ impl Connections {
     pub fn new(dialer: Dialer, first: Arc<Connection>, options: &Options) -> Arc<Connections> {
         let export = first.export().clone();
         let most = match export.has(transmission_flag::CAN_MULTI_CONN) {
-            true => options.connections.unwrap_or_else(default_most),
+            true => options.most_connections(),
             false => 1,
         };
         // What could never be dropped is not kept.
@@ -349,7 +349,8 @@ impl Shared {
     }
 }
 
-fn default_most() -> usize {
+/// Unless the user says otherwise.
+pub fn default_most() -> usize {
     let (least, most) = DEFAULT_MOST;
     std::thread::available_parallelism().map_or(least, |cpus| cpus.get().clamp(least, most))
 }

@@ -206,12 +206,26 @@ impl Dialer {
         }
     }
 
+    /// The same server and certificates, for another export.
+    pub fn to_export(&self, name: &str) -> Dialer {
+        Dialer { uri: Uri { export: name.to_owned(), ..self.uri.clone() }, ..self.clone() }
+    }
+
     /// As [`Dialer::open`]; a server that cannot be reached is tried again until then.
     pub fn open_until(&self, deadline: Instant) -> Result<Opened, Error> {
+        self.tried_until(deadline, || self.open())
+    }
+
+    /// An attempt to reach the server, made again until then.
+    pub fn tried_until<T>(
+        &self,
+        deadline: Instant,
+        attempt: impl Fn() -> Result<T, Error>,
+    ) -> Result<T, Error> {
         const PAUSE: Duration = Duration::from_millis(200);
         let mut told = false;
         loop {
-            match self.open() {
+            match attempt() {
                 Err(e @ (Error::Connect { .. } | Error::Silent { .. } | Error::Broken(_)))
                     if Instant::now() + PAUSE < deadline =>
                 {

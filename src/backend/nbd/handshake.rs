@@ -222,7 +222,29 @@ impl<S: Read + Write> Haggling<S> {
         self.export(Opt::Info, export, &[info::BLOCK_SIZE, info::DESCRIPTION])
     }
 
+    /// As [`Self::info`], for one export of many: the size and the flags only, and where there is
+    /// no such export it does not ask for all that there are.
+    pub fn look(&mut self, export: &str) -> Result<Option<ExportReply>, Error> {
+        self.choose(Opt::Info, export, &[])
+    }
+
     fn export(
+        &mut self,
+        option: Opt,
+        export: &str,
+        wanted: &[u16],
+    ) -> Result<Option<ExportReply>, Error> {
+        self.choose(option, export, wanted).map_err(|error| match error {
+            Error::NoSuchExport { name, .. } => {
+                let existing = self.list().unwrap_or_default();
+                let existing = existing.into_iter().map(|(name, _)| name).collect();
+                Error::NoSuchExport { name, existing }
+            }
+            error => error,
+        })
+    }
+
+    fn choose(
         &mut self,
         option: Opt,
         export: &str,
@@ -267,11 +289,7 @@ impl<S: Read + Write> Haggling<S> {
             }
             Answer::No(rep::ERR_UNSUP, _) => Ok(None),
             Answer::No(rep::ERR_UNKNOWN, _) => {
-                let existing = self.list().unwrap_or_default();
-                Err(Error::NoSuchExport {
-                    name: export.into(),
-                    existing: existing.into_iter().map(|(name, _)| name).collect(),
-                })
+                Err(Error::NoSuchExport { name: export.into(), existing: Vec::new() })
             }
             Answer::No(kind, words) => {
                 Err(Error::Refused { what: "the export", reason: reason(kind, &words) })

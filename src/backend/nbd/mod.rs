@@ -44,6 +44,7 @@ use super::{Backend, Capabilities, Lane, Outage, RemoteStats, Seek, Stat, WaitsF
 use crate::io::Io;
 
 pub use self::error::Error;
+pub use self::exports::{Exports, Found};
 pub use self::handshake::BlockSizes;
 pub use self::stream::SystemCalls;
 pub use self::uri::Uri;
@@ -58,6 +59,7 @@ mod connections;
 mod coverage;
 mod dial;
 pub mod error;
+mod exports;
 mod extents;
 mod handshake;
 mod holes;
@@ -118,6 +120,13 @@ impl Default for Options {
     }
 }
 
+impl Options {
+    /// How many connections there may be to an export.
+    pub fn most_connections(&self) -> usize {
+        self.connections.unwrap_or_else(connections::default_most)
+    }
+}
+
 /// A remote disk.
 pub struct NbdBackend {
     connections: Arc<Connections>,
@@ -154,6 +163,11 @@ impl NbdBackend {
 
     fn unflushed(&self) -> &Arc<Unflushed> {
         self.connections.unflushed()
+    }
+
+    /// Whether something was acknowledged that a FLUSH would make durable.
+    pub fn has_unflushed(&self) -> bool {
+        self.export().has(transmission_flag::SEND_FLUSH) && self.unflushed().any()
     }
 
     /// How many connections there are.

@@ -12,7 +12,7 @@ use super::values::{
     parse_seconds, parse_shown_source, parse_size, parse_source, parse_switch, parse_truncate,
     parse_unflushed,
 };
-use super::{CacheWish, Command, Config, Source, Switch, UsageError, usage};
+use super::{CacheWish, Command, Config, OnLoss, Source, Switch, UsageError, usage};
 use crate::backend::nbd;
 use crate::export::{Cache, Truncate};
 use crate::partitions::Wanted;
@@ -22,7 +22,8 @@ use crate::partitions::Wanted;
 /// SOURCE is a remote disk (nbd://HOST[:PORT]/[EXPORT], nbd+unix:///[EXPORT]?socket=PATH,
 /// nbd+vsock://[CID][:PORT]/[EXPORT], or nbds for nbd for TLS), the path of a disk image or a block
 /// device, mem:SIZE for a sparse disk in memory, or [ COMMAND... ], an NBD server that is started
-/// for it. MOUNTPOINT is a regular file; it is created if it is missing, and removed again at the
+/// for it. MOUNTPOINT is a regular file, or with --all an empty directory; it is created if it is
+/// missing, and removed again at the
 /// end.
 #[derive(FromArgs, ArgsInfo, Debug)]
 // The text is for --help.
@@ -48,6 +49,10 @@ pub(super) struct Args {
     /// program as name[=value]; may be repeated
     #[argh(option, short = 'o', arg_name = "opt[,opt...]")]
     pub(super) options: Vec<String>,
+
+    /// show all exports of the NBD server at SOURCE, each as a file of the directory MOUNTPOINT
+    #[argh(switch)]
+    pub(super) all: bool,
 
     /// show this partition only, by its number in the disk's GPT or MBR
     #[argh(option, arg_name = "n")]
@@ -203,8 +208,8 @@ pub(super) const WITH_VALUE: [&str; 19] = [
     "unflushed",
 ];
 /// The options that take none.
-pub(super) const SWITCHES: [&str; 5] =
-    ["read-only", "growable", "kernel-cache", "direct", "daemonize"];
+pub(super) const SWITCHES: [&str; 6] =
+    ["all", "read-only", "growable", "kernel-cache", "direct", "daemonize"];
 
 impl Args {
     pub(super) fn into_command(
@@ -346,6 +351,15 @@ impl Args {
         }
         let cache = parse_cache(self.cache.as_deref())?;
         let truncate = parse_truncate(self.truncate.as_deref())?;
+        let on_loss = parse_on_loss(self.on_loss.as_deref())?;
+        if self.all {
+            check_all(&source, part.is_some(), self.growable, cache)?;
+            if on_loss == OnLoss::Exit {
+                return Err(usage(
+                    "--on-loss exit is for one disk: with --all no loss ends the others",
+                ));
+            }
+        }
         match cache {
             CacheWish::Is(Cache::None) if self.kernel_cache => {
                 return Err(usage("--kernel-cache goes with --cache writethrough or writeback"));
@@ -361,6 +375,7 @@ impl Args {
         Ok(Command::Serve(Config {
             source,
             words,
+            all: self.all,
             mountpoint,
             read_only,
             wants_writes: !read_only && mount.read_only == Some(false),
@@ -379,7 +394,7 @@ impl Args {
             daemonize: self.daemonize,
             pidfile: self.pidfile.map(|path| parse_path("--pidfile", &path)).transpose()?,
             run: self.run,
-            on_loss: parse_on_loss(self.on_loss.as_deref())?,
+            on_loss,
             remote,
         }))
     }
@@ -408,6 +423,36 @@ fn parse_part(words: &Args) -> Result<Option<Wanted>, UsageError> {
             "--partition has an offset and a size of its own: leave out --offset and --size",
         )),
     }
+}
+
+/// What goes with a directory of all exports.
+fn check_all(
+    source: &Source,
+    has_part: bool,
+    growable: bool,
+    cache: CacheWish,
+) -> Result<(), UsageError> {
+    match source {
+        Source::Nbd(uri) if !uri.export.is_empty() => {
+            return Err(usage(format!(
+                "--all shows every export of the server: leave out '{}' in its URI",
+                uri.export
+            )));
+        }
+        Source::Nbd(_) => {}
+        _ => return Err(usage("--all goes with the URI of an NBD server (nbd://HOST) only")),
+    }
+    if has_part {
+        return Err(usage("--partition, --offset and --size are of one disk: leave out --all"));
+    }
+    if growable {
+        return Err(usage("--growable is for images: exports of a server have a fixed size"));
+    }
+    // The kernel would own sizes that it is told for one file only.
+    if cache == CacheWish::Is(Cache::Writeback) {
+        return Err(usage("--cache writeback is for one disk: leave it out, or --all"));
+    }
+    Ok(())
 }
 
 /// Certificates that nothing would look at: whoever named them expects TLS.

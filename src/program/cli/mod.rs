@@ -78,7 +78,9 @@ pub struct Config {
     /// The source in the user's words: they are the mount's source, by which mount(8) knows again
     /// what is in fstab.
     pub words: String,
-    /// The regular file that shows them; none, with `run`: one in a temporary folder.
+    /// All exports of the server are shown, in a directory.
+    pub all: bool,
+    /// The regular file, or with `all` the directory, that shows them; none, with `run`: one in a temporary folder.
     pub mountpoint: Option<PathBuf>,
     /// Never write to the source.
     pub read_only: bool,
@@ -260,6 +262,7 @@ fn help_text() -> String {
 Usage: diskfuse [OPTIONS] SOURCE MOUNTPOINT
        diskfuse [OPTIONS] [ COMMAND... ] MOUNTPOINT
        diskfuse [OPTIONS] --run CMD SOURCE [MOUNTPOINT]
+       diskfuse [OPTIONS] --all URI DIRECTORY
        diskfuse --info SOURCE [--json]
        diskfuse --list URI [--json]
        diskfuse --mounts [--json]

@@ -77,6 +77,7 @@ impl Args {
             ("allow_other", None) => self.allow_other = Some("on".into()),
             ("uid", Some(value)) => mount.uid = Some(number(value)?),
             ("gid", Some(value)) => mount.gid = Some(number(value)?),
+            ("all", None) => self.all = true,
             ("read-only", None) => self.read_only = true,
             ("growable", None) => self.growable = true,
             ("direct", None) => self.direct = true,

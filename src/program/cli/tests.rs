@@ -416,3 +416,26 @@ fn help_has_all_options_in_80_columns() {
         assert!(help.lines().any(is), "{option}: {help}");
     }
 }
+
+#[test]
+fn all_is_for_the_exports_of_a_server() {
+    let all = config("--all nbd://host dir");
+    assert!(all.all && !config("nbd://host dir").all);
+    assert_eq!(all, config("nbd://host dir -o all"));
+    assert!(config("--all --run true nbds://host").mountpoint.is_none());
+    for (line, part) in [
+        ("--all disk.img dir", "NBD server"),
+        ("--all mem:1M dir", "NBD server"),
+        ("--all [ nbdkit memory 1M ] dir", "NBD server"),
+        ("--all nbd://host/vm1 dir", "leave out 'vm1'"),
+        ("--all --partition 1 nbd://host dir", "--partition"),
+        ("--all --offset 1M nbd://host dir", "--offset"),
+        ("--all --growable nbd://host dir", "--growable"),
+        ("--all --cache writeback nbd://host dir", "writeback"),
+        ("--all --on-loss exit nbd://host dir", "--on-loss exit"),
+        ("--all=yes nbd://host dir", "--all takes no value"),
+    ] {
+        let error = error(line);
+        assert!(error.contains(part), "{line}: {error}");
+    }
+}

@@ -17,8 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::loss::Told;
 use super::stop::{RETRY, Stop};
-use crate::backend::Backend;
-use crate::export::{Cache, Export};
+use crate::export::{Cache, Served};
 use crate::mount::Mount;
 use crate::mount::errands::{Errand, Running};
 use crate::program::cli::{Config, OnLoss};
@@ -190,10 +189,10 @@ impl Control {
 
     /// Flushes what was written and disconnects from the source: when nobody is served any more. A
     /// signal after the one that has ended the export gives it up.
-    pub(super) fn last_flush<B: Backend>(
+    pub(super) fn last_flush<S: Served>(
         &mut self,
         config: &Config,
-        export: &Arc<Export<B>>,
+        export: &Arc<S>,
     ) -> Result<(), Failure> {
         let (sender, receiver) = mpsc::channel();
         let (flushing, poller) = (export.clone(), self.poller.clone());
@@ -251,15 +250,15 @@ impl Control {
     }
 
     /// With write-back: lets files be opened once the kernel knows the size.
-    pub(super) fn tell_size<B: Backend>(
+    pub(super) fn tell_size<S: Served>(
         &mut self,
         mount: &Mount,
-        export: &Export<B>,
+        export: &S,
     ) -> Result<(), Failure> {
         if export.cache() != Cache::Writeback {
             return Ok(());
         }
-        let told = self.run_errand(Errand::Size(export.backend().size()), mount);
+        let told = self.run_errand(Errand::Size(export.size()), mount);
         export.size_is_known();
         told.map_err(|e| {
             let path = mount.path().display();
@@ -348,11 +347,11 @@ impl Control {
 
     /// Watches over a session until it has ended and its mount is gone, and the command of `--run`
     /// has ended too.
-    pub(super) fn supervise<B: Backend>(
+    pub(super) fn supervise<S: Served>(
         &mut self,
         mut session: Session,
         mount: Mount,
-        export: &Export<B>,
+        export: &S,
     ) -> Ended {
         let mut failed = false;
         let mut status = 0;
@@ -387,7 +386,7 @@ impl Control {
                 self.keep_size(mounted, export);
                 if let Some(stop) = &mut self.stop {
                     if stop.is_by_signal && stop.began.elapsed() >= AWAY {
-                        export.backend().hurry();
+                        export.hurry();
                     }
                     stop.go_on(mounted, export.is_open(), export.cache());
                 }
@@ -428,7 +427,7 @@ impl Control {
     }
 
     /// Undoes what the kernel has made of the size for a write past the end.
-    pub(super) fn keep_size<B: Backend>(&mut self, mount: &Mount, export: &Export<B>) {
+    pub(super) fn keep_size<S: Served>(&mut self, mount: &Mount, export: &S) {
         if let Some(outcome) = self.sizing.as_mut().and_then(Running::end) {
             self.sizing = None;
             match outcome {

@@ -7,8 +7,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::control::Control;
 use super::stop::Stop;
-use crate::backend::{Backend, Failure, Outage};
-use crate::export::Export;
+use crate::backend::{Failure, Outage};
+use crate::export::Served;
 use crate::program::cli::OnLoss;
 
 /// How often the service manager is told how long an outage has lasted.
@@ -45,15 +45,14 @@ impl State {
 impl Control {
     /// Looks how it stands with the source, and acts on what is new. After how long it is to look
     /// again, if it is not woken before.
-    pub(super) fn follow_source<B: Backend>(&mut self, export: &Export<B>) -> Option<Duration> {
-        let backend = export.backend();
-        let outage = backend.outage();
+    pub(super) fn follow_source<S: Served>(&mut self, export: &S) -> Option<Duration> {
+        let outage = export.outage();
         let mut failure = outage.as_ref().and_then(|outage| outage.failure.clone());
         if let Some(server) = &mut self.server {
             // Where its connection has ended it has, too, in a moment, and that says more.
             let is_news = failure.is_some() && !self.told.failure;
             if let Some(death) = if is_news { server.death_soon() } else { server.death() } {
-                backend.hurry();
+                export.hurry();
                 failure = Some(death);
             }
         }
@@ -61,7 +60,7 @@ impl Control {
             None => self.told.failure = false,
             Some(_) if std::mem::replace(&mut self.told.failure, true) => {}
             Some(failure) if self.on_loss == OnLoss::Exit && self.stop.is_none() => {
-                backend.hurry();
+                export.hurry();
                 self.end_for(&failure);
             }
             Some(Failure { what, why, for_good }) => {

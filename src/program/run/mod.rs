@@ -1,4 +1,5 @@
-//! One export from its beginning to its end: source → mount → session → stop → unmount → flush.
+//! One export, or a directory of them, from its beginning to its end: source → mount → session →
+//! stop → unmount → flush.
 //!
 //! This is the control thread; `control` is what it does while others serve. It is also the only
 //! one that unmounts: the kernel holds an unmount until no request waits, so a thread that serves
@@ -20,11 +21,12 @@ use rustix::process::{
 
 use crate::backend::Backend;
 use crate::backend::file::{self, FileBackend};
-use crate::backend::nbd::{NbdBackend, Uri};
+use crate::backend::nbd::{Exports, Found, NbdBackend, Uri};
 use crate::backend::part::Part;
+use crate::directory::{self, Directory};
 use crate::export::report::Reporter;
-use crate::export::{Cache, Export, Policy};
-use crate::mount::{self, Mount, Mountpoint};
+use crate::export::{Cache, Export, Policy, Served};
+use crate::mount::{self, Mount, Mountpoint, Shape};
 use crate::partitions::{self};
 use crate::program::cli::{CacheWish, Config, Source, Switch};
 use crate::program::daemon::{Background, Pidfile};
@@ -83,6 +85,17 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
                 let anywhere = to.from_anywhere();
                 to = anywhere.map_err(|e| Failure::Source(format!("{uri}: its socket: {e}")))?;
             }
+            if config.all {
+                let options = config.remote.clone();
+                let list = move || {
+                    let exports = Exports::new(&to, &options)?;
+                    exports.list().map(|found| (exports, found))
+                };
+                let listed =
+                    control.unless_signalled(("list", &connecting), list).map_err(stopped)?;
+                let (exports, found) = listed.map_err(|e| remote_failure(&uri, &e))?;
+                return serve_all(config, exports, found, control, background);
+            }
             let backend =
                 control.unless_signalled(("connect", &connecting), connect(to)).map_err(stopped)?;
             serve_part(config, backend.map_err(|e| remote_failure(&uri, &e))?, control, background)
@@ -128,7 +141,8 @@ fn place(config: &Config) -> Result<(PathBuf, Option<OwnFolder>), Failure> {
         Source::Path(path) => path.file_name(),
         Source::Nbd(_) | Source::Memory(_) | Source::Server(_) => None,
     };
-    let folder = OwnFolder::new(name.unwrap_or("disk".as_ref()).as_ref());
+    let other_name = if config.all { "disks" } else { "disk" };
+    let folder = OwnFolder::new(name.unwrap_or(other_name.as_ref()).as_ref());
     let folder = folder.map_err(|e| {
         Failure::Mount(format!("no temporary folder: {e} (set TMPDIR, or give a MOUNTPOINT)"))
     })?;
@@ -172,13 +186,34 @@ fn become_io_flusher() -> io::Result<bool> {
     Ok(!was_one)
 }
 
+/// Those that are open whatever is served.
+const FILES_IN_ALL: u64 = 32;
+/// Those that a serving thread needs.
+const FILES_OF_A_THREAD: u64 = 8;
+
+/// How many files of a directory may be connected at a time, by the descriptors that there may be
+/// beside those of the threads. None at all is an error.
+fn allow_connected(config: &Config) -> Result<usize, Failure> {
+    let rings = Cpus::here().map_or(0, |cpus| cpus.usable.len());
+    let threads = session::worker_count() + rings;
+    let others = FILES_IN_ALL + FILES_OF_A_THREAD * threads as u64;
+    let each = config.remote.most_connections() as u64;
+    let wanted = others + directory::MOST_CONNECTED as u64 * each;
+    let allowed = raise_open_files(wanted);
+    let allowed = allowed.map_err(|e| Failure::Mount(format!("the limit of open files: {e}")))?;
+    match (allowed.saturating_sub(others) / each) as usize {
+        0 => Err(Failure::Mount(format!(
+            "{allowed} open files are not enough for a connection (a larger ulimit -n)"
+        ))),
+        most => Ok(most.min(directory::MOST_CONNECTED)),
+    }
+}
+
 /// Threads that serve need descriptors, and without them would fail one after the other behind a
 /// mount. Says whether there are enough for so many threads with rings.
 fn allow_open_files(config: &Config, ring_threads: usize) -> Result<Switch, Failure> {
-    const IN_ALL: u64 = 32;
-    const FOR_EACH_THREAD: u64 = 8;
     let limit = |threads: usize| {
-        let wanted = IN_ALL + FOR_EACH_THREAD * threads as u64;
+        let wanted = FILES_IN_ALL + FILES_OF_A_THREAD * threads as u64;
         match raise_open_files(wanted) {
             Ok(allowed) if allowed < wanted => {
                 Err(format!("{allowed} open files are not enough: {wanted} may be needed"))
@@ -226,9 +261,46 @@ fn serve_part<B: Backend>(
     serve(config, part, control, background)
 }
 
+/// Serves one disk.
 fn serve<B: Backend>(
     config: &Config,
     backend: Arc<B>,
+    control: Control,
+    background: Option<Background>,
+) -> Result<u8, Failure> {
+    let read_only = config.read_only || backend.capabilities().read_only;
+    let (closed, poller) = (control.closed.clone(), control.poller.clone());
+    let make = move |policy, reporter| {
+        let export = Export::new(backend, policy, closed)
+            .map_err(|e| Failure::Source(format!("{}: {e}", config.words)))?;
+        export.set_control(poller);
+        export.set_reporter(reporter);
+        Ok(export)
+    };
+    serve_as(config, Shape::File, read_only, make, control, background)
+}
+
+/// Serves a directory of all exports of a server.
+fn serve_all(
+    config: &Config,
+    exports: Exports,
+    found: Vec<Found>,
+    control: Control,
+    background: Option<Background>,
+) -> Result<u8, Failure> {
+    let most = allow_connected(config)?;
+    let closed = control.closed.clone();
+    let make =
+        move |policy, reporter| Ok(Directory::new(exports, found, policy, most, reporter, closed));
+    serve_as(config, Shape::Directory, config.read_only, make, control, background)
+}
+
+/// Serves what is made for a policy, which is known when it is mounted.
+fn serve_as<S: Served>(
+    config: &Config,
+    shape: Shape,
+    read_only: bool,
+    make: impl FnOnce(Policy, Reporter) -> Result<S, Failure>,
     mut control: Control,
     background: Option<Background>,
 ) -> Result<u8, Failure> {
@@ -237,7 +309,7 @@ fn serve<B: Backend>(
     let ring_threads = cpus.as_ref().map_or(0, |cpus| cpus.usable.len());
     let io_uring = allow_open_files(config, ring_threads)?;
     let (path, folder) = place(config)?;
-    let prepare = |path: PathBuf| move || Mountpoint::prepare(&path);
+    let prepare = |path: PathBuf| move || Mountpoint::prepare(&path, shape);
     let mountpoint = control
         .unless_signalled(("mountpoint", "waiting for the mountpoint"), prepare(path.clone()))
         .map_err(|signal| Failure::Mount(format!("stopped by signal {}", signal.number)))?
@@ -252,8 +324,7 @@ fn serve<B: Backend>(
         ),
         None => None,
     };
-    let read_only = config.read_only || backend.capabilities().read_only;
-    let (mount, device, allow_other) = mount(config, mountpoint, &path, read_only)?;
+    let (mount, device, allow_other) = mount(config, mountpoint, &path, shape, read_only)?;
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
     // Local sources have a reason of their own, which was told.
     if config.wants_writes && read_only && !matches!(config.source, Source::Path(_)) {
@@ -272,12 +343,9 @@ fn serve<B: Backend>(
         uid: config.uid.unwrap_or(uid),
         gid: config.gid.unwrap_or(gid),
     };
-    let export = Export::new(backend, policy, control.closed.clone())
-        .map_err(|e| Failure::Source(format!("{}: {e}", config.words)))?;
-    let export = Arc::new(export);
-    export.set_control(control.poller.clone());
     let stats = Arc::<Stats>::default();
-    export.set_reporter(Reporter { source: config.words.clone(), stats: stats.clone() });
+    let reporter = Reporter { source: config.words.clone(), stats: stats.clone() };
+    let export = Arc::new(make(policy, reporter)?);
     let reporting = export.clone();
     control.report = Box::new(move || reporting.report().unwrap_or_default());
     let options = session::Options {
@@ -321,17 +389,17 @@ fn serve<B: Backend>(
         // default of 128 KiB.
         if let Err(e) = mount.set_read_ahead(config.read_ahead) {
             log::info!("the kernel's read-ahead stays as it is: {e}");
-            export.backend().set_read_ahead(config.read_ahead);
+            export.set_read_ahead(config.read_ahead);
         }
     }
     let announced = control
-        .tell_size(&mount, &export)
+        .tell_size(&mount, &*export)
         .inspect(|()| log_place(config, mount.path(), export.writable()))
         .and_then(|()| control.announce(config, &mount, &mut pidfile, background));
     if announced.is_err() {
         control.stop_at_once();
     }
-    let ended = control.supervise(session, mount, &export);
+    let ended = control.supervise(session, mount, &*export);
     if let Some(pidfile) = &pidfile {
         pidfile.ending();
     }
@@ -341,7 +409,7 @@ fn serve<B: Backend>(
     // What others have written meanwhile is flushed in every case.
     let flushed = control.last_flush(config, &export);
     control.end_server();
-    let served = flushed.and_then(|()| verdict(config, &export, &ended));
+    let served = flushed.and_then(|()| verdict(config, &*export, &ended));
     let lost = control.lost.take().map_or(Ok(()), |why| Err(Failure::Serving(why)));
     let result = match (announced.and(lost), served) {
         (Err(failure), served) => {
@@ -381,7 +449,7 @@ fn cache(config: &Config) -> Cache {
 }
 
 /// Whether all was well.
-fn verdict<B: Backend>(config: &Config, export: &Export<B>, ended: &Ended) -> Result<(), Failure> {
+fn verdict(config: &Config, export: &impl Served, ended: &Ended) -> Result<(), Failure> {
     let source = &config.words;
     if export.flush_failed() {
         return Err(Failure::Serving(format!(
@@ -402,6 +470,7 @@ fn mount(
     config: &Config,
     mountpoint: Mountpoint,
     path: &Path,
+    shape: Shape,
     read_only: bool,
 ) -> Result<(Mount, OwnedFd, bool), Failure> {
     let mut mountpoint = Some(mountpoint);
@@ -409,7 +478,8 @@ fn mount(
         let source = config.words.clone();
         let options = mount::Options { source, read_only, allow_other };
         for attempts_left in (0..MOUNT_ATTEMPTS).rev() {
-            let prepared = mountpoint.take().map_or_else(|| Mountpoint::prepare(path), Ok)?;
+            let prepared =
+                mountpoint.take().map_or_else(|| Mountpoint::prepare(path, shape), Ok)?;
             match prepared.mount(&options) {
                 Ok((mount, device)) => return Ok((mount, device, allow_other)),
                 Err((_, prepared)) if prepared.has_vanished() && attempts_left > 0 => {}

@@ -57,7 +57,8 @@ impl Connections {
         }
         if !shared.all.is_empty() {
             let left = shared.all.len();
-            log::warn!("a connection is lost, {left} more go on: {reason}");
+            let name = self.name();
+            log::warn!("{name}a connection is lost, {left} more go on: {reason}");
             return self.may_open.store(shared.most > left, Ordering::Release);
         }
         let outage = Outage { since: Instant::now(), waiting: 0, writing_again: 0, failure: None };
@@ -67,7 +68,8 @@ impl Connections {
         }
         let limit = self.reconnect_timeout.as_secs_f32();
         log::warn!(
-            "the connection is lost, requests wait up to {limit} s for the server: {reason}"
+            "{}the connection is lost, requests wait up to {limit} s for the server: {reason}",
+            self.name()
         );
         let pause = match connection.has_answered() {
             true => Duration::ZERO,
@@ -83,8 +85,20 @@ impl Connections {
         self.wake_control();
     }
 
-    /// Requests fail, and the control thread tells why.
+    /// For the log, where there is no control thread that follows this disk: it is one of several,
+    /// and the log does not name it.
+    fn name(&self) -> String {
+        match self.control.get() {
+            Some(_) => String::new(),
+            None => format!("{}: ", self.dialer.uri()),
+        }
+    }
+
+    /// Requests fail, and the control thread tells why, if there is one.
     fn fail(&self, shared: &mut Shared, what: &str, why: &str, for_good: bool) {
+        if self.control.get().is_none() {
+            log::error!("{}{what}, requests fail: {why}", self.name());
+        }
         if let Some(outage) = &mut shared.outage {
             let (what, why) = (what.into(), why.into());
             outage.failure = Some(Failure { what, why, for_good });
@@ -174,7 +188,9 @@ impl Connections {
         self.refuses.store(false, Ordering::SeqCst);
         let waiting = self.waiting.load(Ordering::SeqCst);
         log::warn!(
-            "the server is back after {:.1} s: {again} bytes written again, {waiting} requests have waited",
+            "{}the server is back after {:.1} s: {again} bytes written again, {waiting} requests have \
+             waited",
+            self.name(),
             lost.elapsed().as_secs_f32()
         );
         drop(shared);
@@ -217,7 +233,8 @@ impl Connections {
                 Err(e)
             }
             Err(e) => {
-                log::error!("acknowledged writes are lost with the server: {e}");
+                let name = self.name();
+                log::error!("{name}acknowledged writes are lost with the server: {e}");
                 self.unflushed.is_lost(again);
                 Ok(0)
             }

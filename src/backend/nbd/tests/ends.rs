@@ -12,7 +12,7 @@ use super::super::wire::Headers;
 use super::super::{LAST_FLUSH_LIMIT, NbdBackend};
 use super::options;
 use super::peer::connection;
-use crate::export::{Cache, Export, Policy, Truncate};
+use crate::export::{Cache, Export, Policy, Served, Truncate};
 
 /// A disk behind these connections, the first of which tells what it is.
 pub fn disk(connections: &[Arc<Connection>]) -> Arc<NbdBackend> {
