@@ -376,8 +376,8 @@ fn a_server_may_be_one_word() {
 
 #[test]
 fn long_options_are_mount_options() {
-    const NOT_WITH_A_MOUNTPOINT: [&str; 7] =
-        ["--help", "--version", "--options", "--info", "--list", "--mounts", "--json"];
+    const NOT_WITH_A_MOUNTPOINT: [&str; 8] =
+        ["--help", "--version", "--options", "--info", "--list", "--mounts", "--top", "--json"];
     for flag in Args::get_args_info().flags {
         let name = flag.long.trim_start_matches("--");
         let is_known = WITH_VALUE.contains(&name) || SWITCHES.contains(&name);
