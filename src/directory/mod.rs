@@ -10,7 +10,7 @@
 //! A connected file is an [`Export`] as any other, with connections, a log of unflushed writes and
 //! a last flush of its own; this module only finds it. One request in the way of another file's is
 //! what must not be: connecting and the last flush, which wait for the server, are done on other
-//! threads, one at a time for each file ([`File::turn`]).
+//! threads, one at a time for each file (its turn).
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
