@@ -307,8 +307,10 @@ pub fn forgotten_writes_are_made_again_over_one_connection(bench: &Bench) {
 pub fn forgotten_writes_are_told_of_where_none_are_kept(bench: &Bench) {
     let (server, uri) = forgetful(bench, true);
     let mut export = bench.try_export(&uri, &["--unflushed=0", "--cache=none"]).unwrap();
-    let told = write_beside(&export, Promise::Synced, |_| crash(&server));
-    assert!(told > 0, "nobody was told");
+    // A crash may find that all is durable.
+    let mut rounds = 0..10;
+    let is_told = |_| write_beside(&export, Promise::Synced, |_| crash(&server)) > 0;
+    assert!(rounds.any(is_told), "nobody was told");
     export.stop(SIGTERM).assert(1, &["writes may be lost"]);
 }
 
