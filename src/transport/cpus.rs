@@ -7,6 +7,13 @@ use rustix::thread::{CpuSet, sched_getaffinity};
 
 const FOLDER: &str = "/sys/devices/system/cpu";
 
+/// Whether a quota of CPU time (`cpu.max` of a cgroup) allows this process fewer CPUs at a time than
+/// it may run on. Where that cannot be told there is none.
+pub fn under_quota() -> bool {
+    let here = sched_getaffinity(None).map_or(0, |set| set.count() as usize);
+    std::thread::available_parallelism().is_ok_and(|allowed| allowed.get() < here)
+}
+
 /// Taken down once, before the serving threads start. CPUs that come or go later change where
 /// requests are served, not whether they are.
 #[derive(Clone, Debug, PartialEq, Eq)]

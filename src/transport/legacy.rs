@@ -28,6 +28,7 @@ use smol::lock::Mutex;
 use smol::{LocalExecutor, future};
 
 use super::Server;
+use super::cpus;
 use super::pace::Pace;
 use super::slot::{BURST_OVER, HEAD_LEN, Memory, ReplySink, Slot};
 use crate::errno::Errno;
@@ -123,7 +124,7 @@ impl Channel {
         reader_token: &ReaderToken,
         stats: &ThreadStats,
     ) -> io::Result<()> {
-        let mut pace = Pace::new(Instant::now());
+        let mut pace = Pace::new(Instant::now(), !cpus::under_quota());
         loop {
             // Not while it holds the token: another worker may have memory.
             self.wait_for_memory().await;

@@ -3,7 +3,8 @@
 //! A sleep costs the wake-up, which on an idle virtual CPU is more than the request that it is for.
 //! A poll costs CPU time that others may want. So a thread polls where by its own history the next
 //! request comes sooner than a wake-up, and for no longer than twice the usual time; and all polls
-//! in vain together use at most a fixed part of the time that requests take.
+//! in vain together use at most a fixed part of the time that requests take. Under a quota of CPU
+//! time ([`under_quota`](super::cpus::under_quota)) none polls: it would be the client's time.
 //!
 //! | state | what happens | next state |
 //! |---|---|---|
@@ -34,6 +35,7 @@ pub struct Pace {
     gap: Duration,
     /// What polls in vain may still use.
     credit: Duration,
+    may_poll: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,8 +47,9 @@ enum State {
 
 impl Pace {
     /// For a thread that begins to work `now`.
-    pub fn new(now: Instant) -> Pace {
-        Pace { state: State::Working { since: now }, gap: Duration::ZERO, credit: MOST_CREDIT }
+    pub fn new(now: Instant, may_poll: bool) -> Pace {
+        let state = State::Working { since: now };
+        Pace { state, gap: Duration::ZERO, credit: MOST_CREDIT, may_poll }
     }
 
     /// Nothing is there `now`: whether to look again, rather than sleep. From the second look on
@@ -63,7 +66,7 @@ impl Pace {
             State::Working { since } => {
                 self.credit = (self.credit + (now - since) / SHARE).min(MOST_CREDIT);
                 let poll = (self.gap * 2).clamp(SHORTEST_POLL, WAKE_UP);
-                if self.gap <= WAKE_UP && poll <= self.credit {
+                if self.may_poll && self.gap <= WAKE_UP && poll <= self.credit {
                     State::Polling { since: now, until: now + poll }
                 } else {
                     State::Sleeping { since: now }
@@ -106,7 +109,7 @@ mod tests {
         fn new() -> Thread {
             let now = Instant::now();
             Thread {
-                pace: Pace::new(now),
+                pace: Pace::new(now, true),
                 now,
                 polled: Duration::ZERO,
                 polls_in_vain: Duration::ZERO,
@@ -191,8 +194,20 @@ mod tests {
     }
 
     #[test]
+    fn under_a_quota_no_thread_polls() {
+        let mut now = Instant::now();
+        let mut pace = Pace::new(now, false);
+        for _ in 0..1000 {
+            pace.work_at(now);
+            now += SERVICE;
+            assert!(!pace.polls_at(now));
+            now += micros(5);
+        }
+    }
+
+    #[test]
     fn an_idle_thread_sleeps_until_it_is_woken() {
-        let mut pace = Pace::new(Instant::now());
+        let mut pace = Pace::new(Instant::now(), true);
         let later = Instant::now() + Duration::from_secs(1);
         let polling = (0..).take_while(|n| pace.polls_at(later + micros(*n))).count();
         assert!(polling <= 60);

@@ -33,6 +33,7 @@ use smol::LocalExecutor;
 use smol::channel::Receiver;
 
 use super::Server;
+use super::cpus;
 use super::doorbell::Doorbell;
 use super::entries::Entries;
 use super::pace::Pace;
@@ -196,7 +197,7 @@ impl<S: Served> RingThread<S> {
             here,
             waits_for,
             doorbell,
-            pace: Pace::new(Instant::now()),
+            pace: Pace::new(Instant::now(), !cpus::under_quota()),
             stats: self.stats,
             connection_end: self.connection_end,
         }
