@@ -380,8 +380,11 @@ pub fn clients_of_a_stopped_server_can_be_killed(bench: &Bench) {
         (catches, Signal::INT),
     ] {
         let mut client = waiting_client(&export, words);
-        kill_process(pid(client.id()), signal).unwrap();
-        let ended = within(AT_ONCE, || client.try_wait().unwrap().is_some());
+        // The first may come between python's last look for signals and its system call.
+        let ended = (0..2).any(|_| {
+            kill_process(pid(client.id()), signal).unwrap();
+            within(AT_ONCE, || client.try_wait().unwrap().is_some())
+        });
         assert!(ended, "{words:?} does not hear {signal:?}");
         eventually("no request", || mounts::waiting(export.connection()) == Some(0));
     }
