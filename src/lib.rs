@@ -18,8 +18,8 @@
 //!
 //! Data flows one way: kernel → slot → request → export → backend → reply → kernel. A small request
 //! stays on the thread of its CPU's queue; large ones are shared out between threads. The control
-//! thread ([`program::run`]) mounts, waits for a signal or the end of the connection, and unmounts; it never
-//! touches data.
+//! thread ([`program::run`]) mounts, waits for a signal or the end of the connection, and unmounts;
+//! it never touches data.
 //!
 //! Where to find what:
 //!
@@ -29,7 +29,8 @@
 //! | `-o`, and what fstab may say | its `mount_options` |
 //! | what an export goes through from start to end | [`program::run`] |
 //! | what ends it: signals, umount, the command of `--run` | its `control` and `stop` |
-//! | the exit status | [`program::failure`] |
+//! | the exit status | [`program::failure`]; --help: `error_code` in `args` of [`program::cli`] |
+//! | an error's words | where it is found: [`mount::mountpoint`]; the modules of [`backend`] |
 //! | `--info` and `--list`; `--mounts` | [`program::look`], [`program::info`]; [`program::mounts`] |
 //! | `--top` | [`program::top`]: its `figures`, `drawing` and `terminal` |
 //! | `--help`; what a word may have been meant as | [`program::help`]; [`program::hints`] |
@@ -42,22 +43,32 @@
 //! | the size, truncation; mode, owner, times | its `size`; `attributes` |
 //! | errors that an fsync has to tell | [`export::open_files`] |
 //! | a directory of exports (`--all`) | [`directory`]; [`export::Served`] is what it shares with one disk |
-//! | counters, and how they are told | [`stats`]; [`export::report`] |
+//! | counters of requests | [`stats`] |
+//! | counters of a server | [`backend::RemoteStats`]; `add_stats` in [`backend::nbd`] fills it |
+//! | how both are told | as JSON: [`export::report`]; as an xattr: `attributes` of [`export`] |
 //! | the FUSE protocol, a new operation | [`fuse`], then [`export`] |
+//! | a mode or a flag of an operation that is there | [`export`] only, then [`backend::Lane`] |
 //! | what is negotiated with the kernel, how many threads there are | [`session`] |
-//! | whether a thread polls; which one serves a request | [`transport::pace`]; [`transport::queues`] |
+//! | whether a thread polls | [`transport::pace`], made in `legacy` and `uring` |
+//! | which thread serves a request | [`transport::queues`] |
 //! | the two ways of requests | [`transport::legacy`], [`transport::uring`] |
 //! | a request's memory | [`transport::slot`], [`transport::entries`] |
 //! | interrupted clients | [`transport::interrupts`] |
 //! | another kind of source | [`backend`], whose two traits it implements |
+//! | ... on the command line | `Source` in [`program::cli`]; the compiler tells who matches on it |
+//! | how far is read ahead | unless the user says: `values` of [`program::cli`] |
+//! | ... by the kernel (root) or by us (others) | `serve_as` in [`program::run`] |
 //! | images and block devices; a part of a disk | [`backend::file`]; [`backend::part`] |
 //! | partition tables | [`partitions`] |
 //! | the NBD client: its picture is in | [`backend::nbd`] |
-//! | NBD: URIs | [`backend::nbd::uri`] |
+//! | NBD: a URI's keys | [`backend::nbd::uri`]; about TLS: by `dial` (`Dialer::new`) to `tls` |
 //! | NBD: connecting, TLS, the handshake | its `dial`, `connect`, `tls`, `handshake` |
-//! | NBD: a command | its `wire`, `inflight`, `commands` |
-//! | NBD: lost connections, and what is written again | its `connections`, `unflushed` |
-//! | NBD: reading ahead, holes | its `ahead`, `holes`, `extents` |
+//! | NBD: a command | its `wire`, `inflight`, `commands`, and `blocks` for alignment |
+//! | NBD: lost connections, and how often it is tried again | its `connections::returns` |
+//! | ... at the start | its `dial` |
+//! | NBD: what is written again | its `unflushed` |
+//! | NBD: reading ahead; how it grows | its `ahead`; `ahead::table` |
+//! | NBD: holes | its `holes`, `extents` |
 //!
 //! Modules that may use `unsafe`, and for what:
 //!
