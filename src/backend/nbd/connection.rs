@@ -222,7 +222,7 @@ impl Connection {
     /// # Safety
     /// The future is not leaked while the borrow of the buffer in `ask` ends.
     async unsafe fn ask(&self, ask: Ask<'_>) -> Result<Vec<Extent>, Failure> {
-        if matches!(ask.command, Command::Write | Command::WriteZeroes) {
+        if ask.command.changes_the_disk() {
             let range = ask.offset..ask.offset.saturating_add(ask.length);
             self.abandoned.none_in(range).await;
         }

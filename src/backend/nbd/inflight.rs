@@ -510,9 +510,7 @@ impl Table {
     fn let_go(&mut self, cookie: Cookie) {
         let abandoned = self.abandoned.clone();
         let entry = self.entry(cookie).expect("a request is let go once");
-        if entry.state.awaits_reply()
-            && matches!(entry.command, Command::Write | Command::WriteZeroes)
-        {
+        if entry.state.awaits_reply() && entry.command.changes_the_disk() {
             let range = entry.offset..entry.offset.saturating_add(entry.length);
             entry.abandoned = Some(abandoned.add(range));
         }

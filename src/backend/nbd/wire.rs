@@ -62,6 +62,17 @@ pub enum Command {
     BlockStatus = 7,
 }
 
+impl Command {
+    /// Whether it changes bytes of the disk: one that nobody waits for any more is an abandoned
+    /// write ([`super::abandoned`]), and one that comes later waits for those.
+    pub fn changes_the_disk(self) -> bool {
+        match self {
+            Command::Write | Command::WriteZeroes => true,
+            Command::Read | Command::Disc | Command::Flush | Command::BlockStatus => false,
+        }
+    }
+}
+
 /// `NBD_CMD_FLAG_FUA`: durable before it is acknowledged.
 pub const FLAG_FUA: u16 = 1 << 0;
 /// `NBD_CMD_FLAG_NO_HOLE`: the zeroed range stays allocated.
