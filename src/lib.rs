@@ -64,8 +64,8 @@
 //! | NBD: a URI's keys | [`backend::nbd::uri`]; about TLS: by `dial` (`Dialer::new`) to `tls` |
 //! | NBD: connecting, TLS, the handshake | its `dial`, `connect`, `tls`, `handshake` |
 //! | NBD: a command | its `wire`, `inflight`, `commands`, and `blocks` for alignment |
-//! | NBD: lost connections, and how often it is tried again | its `connections::returns` |
-//! | ... at the start | its `dial` |
+//! | NBD: lost connections | its `connections::returns` |
+//! | ... how often it is tried again | its `connections::backoff`; at the start `dial` |
 //! | NBD: what is written again | its `unflushed` |
 //! | NBD: reading ahead; how it grows | its `ahead`; `ahead::table` |
 //! | NBD: holes | its `holes`, `extents` |

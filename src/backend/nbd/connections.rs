@@ -30,6 +30,7 @@ use slab::Slab;
 use smol::channel::{self, Sender};
 use smol::{Task, Timer, future};
 
+use self::backoff::Backoff;
 use super::Options;
 use super::abandoned::Abandoned;
 use super::commands::Commands;
@@ -42,6 +43,7 @@ use crate::backend::{Outage, RemoteStats};
 use crate::io::Io;
 use crate::pool;
 
+mod backoff;
 mod returns;
 
 /// After so many requests by other lanes' connections a lane asks for one of its own.
@@ -93,8 +95,9 @@ struct Shared {
     is_another: bool,
     /// From the loss of the last connection to the return; how many wait is not kept there.
     outage: Option<Outage>,
-    /// Before the first attempt to reach the server again: it is there, and of no use.
-    pause: Duration,
+    /// Before the first attempt to reach a server again that is there and of no use: it has not
+    /// answered by the connection that was lost.
+    backoff: Backoff,
     /// Those of connections that are gone.
     system_calls: SystemCalls,
     lost: u64,
@@ -149,7 +152,7 @@ impl Connections {
                 is_hurried: false,
                 is_another: false,
                 outage: None,
-                pause: Duration::ZERO,
+                backoff: Backoff::default(),
                 system_calls: SystemCalls::default(),
                 lost: 0,
                 returns: 0,

@@ -23,12 +23,10 @@ use super::super::commands::{Commands, all};
 use super::super::connection::Connection;
 use super::super::unflushed::Change;
 use super::super::wire::transmission_flag;
+use super::backoff::Backoff;
 use super::{Connections, Member, Shared};
 use crate::backend::{Failure, Outage};
 
-/// The pause after the first attempt to reach a server again, and the longest: each is twice the
-/// one before, and up to half longer or shorter, so that not all clients of a server come at once.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// So often a request is sent again without a pause.
 const FREE_ATTEMPTS: u32 = 3;
 /// How many of the writes that are made again are on their way at once.
@@ -71,11 +69,12 @@ impl Connections {
             "{}the connection is lost, requests wait up to {limit} s for the server: {reason}",
             self.name()
         );
-        let pause = match connection.has_answered() {
-            true => Duration::ZERO,
-            false => (2 * shared.pause).clamp(PAUSES.0, PAUSES.1),
+        let pause = if connection.has_answered() {
+            shared.backoff = Backoff::default();
+            Duration::ZERO
+        } else {
+            shared.backoff.next_pause()
         };
-        shared.pause = pause;
         let connections = self.clone();
         let dial = move || connections.dial_until_it_is_back(pause);
         if let Err(e) = std::thread::Builder::new().name("redial".into()).spawn(dial) {
@@ -131,7 +130,7 @@ impl Connections {
     fn dial_until_it_is_back(self: Arc<Self>, first: Duration) {
         let lost = Instant::now();
         std::thread::sleep(first);
-        let mut pause = PAUSES.0;
+        let mut backoff = Backoff::default();
         loop {
             let left = self.reconnect_timeout.saturating_sub(lost.elapsed());
             let refuses = self.refuses.load(Ordering::SeqCst);
@@ -152,9 +151,8 @@ impl Connections {
                 let what = format!("the connection has been lost for {limit} s");
                 self.fail(&mut self.shared(), &what, &why, false);
             }
-            let random = pause.mul_f64(0.5 + fastrand::f64());
-            std::thread::sleep(if left.is_zero() { random } else { random.min(left) });
-            pause = (2 * pause).min(PAUSES.1);
+            let pause = backoff.next_random_pause();
+            std::thread::sleep(if left.is_zero() { pause } else { pause.min(left) });
         }
     }
 
@@ -252,7 +250,7 @@ impl Connections {
     /// make durable what it had acknowledged.
     pub fn bring_back_at_the_end(&self, patience: Duration) -> io::Result<()> {
         let until = Instant::now() + patience;
-        let mut pause = PAUSES.0;
+        let mut backoff = Backoff::default();
         loop {
             let left = until.saturating_duration_since(Instant::now());
             let gone = |why: String| io::Error::other(format!("the server is gone: {why}"));
@@ -277,8 +275,7 @@ impl Connections {
             if made_durable.is_ok() || left.is_zero() {
                 return made_durable;
             }
-            std::thread::sleep(pause.min(left));
-            pause = (2 * pause).min(PAUSES.1);
+            std::thread::sleep(backoff.next_pause().min(left));
         }
     }
 
@@ -307,8 +304,8 @@ impl Connections {
             let text = "the connections are lost again and again";
             return Err(io::Error::new(io::ErrorKind::NotConnected, text));
         }
-        if let Some(doublings) = times.checked_sub(FREE_ATTEMPTS) {
-            Timer::after((PAUSES.0 * (1 << doublings.min(10))).min(PAUSES.1)).await;
+        if let Some(pauses) = times.checked_sub(FREE_ATTEMPTS) {
+            Timer::after(Backoff::after(pauses).next_pause()).await;
         }
         Ok(())
     }
