@@ -420,8 +420,8 @@ impl FileLane {
         self.backend.direct.as_ref().zip(self.direct_file.as_ref())
     }
 
-    /// Fills `buf` as far as the file goes, through the page cache.
-    async fn read_cached(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+    /// Fills `buf` as far as the file goes, through the page cache of the source.
+    async fn read_buffered(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         let file = &self.file;
         let mut done = 0;
         let mut may_wait = false;
@@ -444,7 +444,8 @@ impl FileLane {
         Ok(done)
     }
 
-    async fn write_cached(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+    /// Writes all of `data`, through the page cache of the source.
+    async fn write_buffered(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let file = &self.file;
         let mut done = 0;
         let mut may_wait = false;
@@ -508,7 +509,7 @@ impl FileLane {
         let pages = Direct::pages(offset, data.len() as u64);
         let (start, len) = (pages.start, pages.end - pages.start);
         let _alone = direct.lock.exclusive(pages).await;
-        self.write_cached(offset, data).await?;
+        self.write_buffered(offset, data).await?;
         // Not by the one that is flushed: it may find another write's error, which a flush must
         // find as well.
         let file = direct.file.clone();
@@ -587,7 +588,7 @@ impl Lane for FileLane {
             Some((direct, file)) if direct.fits(offset, buf, self.backend.size()) => {
                 self.read_direct(file, direct, offset, buf).await
             }
-            _ => self.read_cached(offset, buf).await,
+            _ => self.read_buffered(offset, buf).await,
         }
     }
 
@@ -599,7 +600,7 @@ impl Lane for FileLane {
                 self.write_direct(file, offset, data).await?;
             }
             Some((direct, _)) => self.write_around(direct, offset, data).await?,
-            None => self.write_cached(offset, data).await?,
+            None => self.write_buffered(offset, data).await?,
         }
         self.backend.length.grow_to(offset + data.len() as u64);
         if durable {
