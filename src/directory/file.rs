@@ -93,7 +93,7 @@ impl File {
     }
 
     /// It is connected from now on.
-    pub(super) fn is_connected(&self, export: Export<NbdBackend>) -> Arc<Connected> {
+    pub(super) fn set_connected(&self, export: Export<NbdBackend>) -> Arc<Connected> {
         let connected = Arc::new(Connected { export, ended: Event::new() });
         let mut state = self.state();
         state.size = connected.export.size();
@@ -103,7 +103,7 @@ impl File {
     }
 
     /// It is not any more.
-    pub(super) fn is_disconnected(&self) {
+    pub(super) fn set_disconnected(&self) {
         let mut state = self.state();
         if let Some(connected) = state.connected.take() {
             state.attributes = connected.export.kept_attributes();

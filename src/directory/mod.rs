@@ -239,7 +239,7 @@ impl Directory {
         }
         let reporter = Reporter { source: self.uri_of(node), ..self.reporter.clone() };
         export.set_reporter(reporter);
-        let connected = file.is_connected(export);
+        let connected = file.set_connected(export);
         place.keep();
         // Whoever hurries the others has not seen it before.
         if self.is_hurried.load(Ordering::SeqCst) {
@@ -290,7 +290,7 @@ impl Directory {
         if flushed.is_err() || connected.export.flush_failed() {
             self.has_lost.store(true, Ordering::Relaxed);
         }
-        file.is_disconnected();
+        file.set_disconnected();
         connected.ended.notify(usize::MAX);
         let mut all = self.connected();
         all.nodes.remove(&node);

@@ -232,9 +232,10 @@ impl Unflushed {
         }
     }
 
-    /// The server is gone, with what it had not made durable: what has to be written again, until
-    /// it is given back or is durable. Blocks. Where nothing is kept, what is gone counts as lost,
-    /// and nothing is given.
+    /// The server is gone, with what it had not made durable: what has to be written again. It
+    /// comes back here by [`Unflushed::made_durable`], [`Unflushed::put_back`] or
+    /// [`Unflushed::give_up`]. Blocks. Where nothing is kept, what is gone counts as lost, and
+    /// nothing is given.
     pub fn take(&self) -> Option<Again> {
         self.until_none_is_written();
         let mark = self.mark();
@@ -255,19 +256,19 @@ impl Unflushed {
     }
 
     /// It was written again and flushed.
-    pub fn is_durable(&self, mut again: Again) {
+    pub fn made_durable(&self, mut again: Again) {
         again.store.drop_to(again.mark);
         self.give_back(again.store);
         self.flushed.fetch_max(again.mark, Ordering::SeqCst);
     }
 
     /// It was not written again: another attempt is to come.
-    pub fn is_not_durable(&self, again: Again) {
+    pub fn put_back(&self, again: Again) {
         self.give_back(again.store);
     }
 
     /// It cannot be written again.
-    pub fn is_lost(&self, again: Again) {
+    pub fn give_up(&self, again: Again) {
         let mark = again.mark;
         self.give_back(again.store);
         self.lose(mark);

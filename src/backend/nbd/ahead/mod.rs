@@ -281,7 +281,7 @@ impl Arriving {
         if source.read(self.offset, buffer.bytes_mut()).await.is_ok() {
             let length = buffer.bytes().len() as u64;
             self.ahead.fetched_bytes.fetch_add(length, Ordering::Relaxed);
-            let settled = self.ahead.table().is_ready(self.offset, self.number, buffer);
+            let settled = self.ahead.table().make_ready(self.offset, self.number, buffer);
             // Not under the lock: it wakes those who wait.
             settled.inspect(|settled| _ = settled.notify(usize::MAX));
         }
@@ -290,7 +290,7 @@ impl Arriving {
 
 impl Drop for Arriving {
     fn drop(&mut self) {
-        let failed = self.ahead.table().has_ended(self.offset, self.number);
+        let failed = self.ahead.table().take_out_unready(self.offset, self.number);
         drop(failed);
     }
 }

@@ -111,16 +111,16 @@ impl Table {
         Plan { parts, fetches, expiry }
     }
 
-    /// A fetch has ended. Returns whom to notify; `None`: its chunk was taken out meanwhile, and
-    /// the bytes may be old.
-    pub fn is_ready(&mut self, offset: u64, number: u64, content: Buffer) -> Option<Event> {
+    /// A fetch has succeeded: its chunk is ready. Returns whom to notify; `None`: it was taken out
+    /// meanwhile, and the bytes may be old.
+    pub fn make_ready(&mut self, offset: u64, number: u64, content: Buffer) -> Option<Event> {
         let chunk = self.chunks.get_mut(&offset).filter(|chunk| chunk.number == number)?;
         chunk.content = Some(Arc::new(content));
         Some(std::mem::take(&mut chunk.settled))
     }
 
-    /// A fetch has ended, in whatever way. Takes its chunk out if it is not ready.
-    pub fn has_ended(&mut self, offset: u64, number: u64) -> Option<Chunk> {
+    /// A fetch has ended, in whatever way: takes its chunk out if it is not ready.
+    pub fn take_out_unready(&mut self, offset: u64, number: u64) -> Option<Chunk> {
         let chunk = self.chunks.get(&offset)?;
         let has_failed = chunk.number == number && chunk.content.is_none();
         if has_failed { self.chunks.remove(&offset) } else { None }

@@ -223,17 +223,17 @@ impl Connections {
         self.writing_again(0);
         match written {
             Ok(()) => {
-                self.unflushed.is_durable(again);
+                self.unflushed.made_durable(again);
                 Ok(bytes)
             }
             Err(e) if connection.is_lost() => {
-                self.unflushed.is_not_durable(again);
+                self.unflushed.put_back(again);
                 Err(e)
             }
             Err(e) => {
                 let name = self.name();
                 log::error!("{name}acknowledged writes are lost with the server: {e}");
-                self.unflushed.is_lost(again);
+                self.unflushed.give_up(again);
                 Ok(0)
             }
         }

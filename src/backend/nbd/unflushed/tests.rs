@@ -25,7 +25,7 @@ fn apply(all: &Unflushed, disk: &mut [u8]) {
             Change::Durable(_) => unreachable!("it is not kept"),
         }
     }
-    all.is_not_durable(again);
+    all.put_back(again);
 }
 
 /// A server that has forgotten all that was not durable gets exactly that back, whatever was
