@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use super::connection::Connection;
 use super::connections::LaneConnections;
-use super::dial::Export;
+use super::dial::Agreed;
 use super::extents::{Extents, Found};
 use super::inflight::{Extent, Failure};
 use super::unflushed::Change;
@@ -55,7 +55,7 @@ enum Route {
 #[derive(Clone)]
 pub struct Commands {
     route: Route,
-    export: Export,
+    agreed: Agreed,
     /// The longest READ and WRITE, in bytes: a multiple of `minimum`.
     max_payload: usize,
     /// The server's minimum block size in bytes: a power of two.
@@ -65,21 +65,21 @@ pub struct Commands {
 impl Commands {
     /// Over whichever connection a lane had best use.
     pub fn of_lane(ways: Rc<LaneConnections>) -> Commands {
-        let export = ways.export().clone();
-        Commands::new(Route::Lane(ways), export)
+        let agreed = ways.agreed().clone();
+        Commands::new(Route::Lane(ways), agreed)
     }
 
     /// Over `connection` only.
     pub fn over(connection: Arc<Connection>) -> Commands {
-        let export = connection.export().clone();
-        Commands::new(Route::One(connection), export)
+        let agreed = connection.agreed().clone();
+        Commands::new(Route::One(connection), agreed)
     }
 
-    fn new(route: Route, export: Export) -> Commands {
-        let sizes = export.block_sizes;
+    fn new(route: Route, agreed: Agreed) -> Commands {
+        let sizes = agreed.block_sizes;
         let longest = sizes.maximum.min(PIECE);
         let max_payload = (longest - longest % sizes.minimum) as usize;
-        Commands { route, export, max_payload, minimum: sizes.minimum.into() }
+        Commands { route, agreed, max_payload, minimum: sizes.minimum.into() }
     }
 
     /// Asks by a connection; if that is lost before it has answered, by another, as soon as there
@@ -133,7 +133,7 @@ impl Commands {
     }
 
     fn has(&self, flag: u16) -> bool {
-        self.export.has(flag)
+        self.agreed.has(flag)
     }
 
     /// Fills `buf` from `offset`.
@@ -271,7 +271,7 @@ impl Commands {
 
     /// How far a BLOCK_STATUS may ask, in bytes.
     fn longest_status(&self) -> u64 {
-        match self.export.headers {
+        match self.agreed.headers {
             Headers::Extended => MAX_STATUS,
             Headers::Simple | Headers::Structured => MAX_STATUS_32,
         }
@@ -282,8 +282,8 @@ impl Commands {
     /// was not enough to look through: whoever walks through the disk goes on from there. What
     /// `extents` remembers is not asked for.
     pub async fn seek(&self, offset: u64, what: Seek, extents: &Extents) -> io::Result<u64> {
-        let size = self.export.size;
-        if self.export.base_allocation.is_none() {
+        let size = self.agreed.size;
+        if self.agreed.base_allocation.is_none() {
             return Ok(if what == Seek::Data { offset } else { size });
         }
         let (mut at, mut asked) = (offset, 0);
@@ -307,7 +307,7 @@ impl Commands {
 
     /// Whether the server tells where its holes are.
     pub fn tells_holes(&self) -> bool {
-        self.export.base_allocation.is_some()
+        self.agreed.base_allocation.is_some()
     }
 
     /// Asks for the extents from `at` on, for `extents` to remember.
@@ -318,7 +318,7 @@ impl Commands {
     /// Asks for the extents from `at` on, and looks for `what` in them. There is progress: what is
     /// not found is not before a place behind `at`.
     async fn ask_status(&self, at: u64, what: Seek, extents: &Extents) -> io::Result<Found> {
-        let size = self.export.size;
+        let size = self.agreed.size;
         let start = at - at % self.minimum;
         let asking = extents.ask(self.longest_status());
         let length = (asking.reach() - asking.reach() % self.minimum).min(size - start);

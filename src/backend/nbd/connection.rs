@@ -36,7 +36,7 @@ use smol::{Task, Timer};
 use socket2::Socket;
 
 use super::abandoned::Abandoned;
-use super::dial::{Export, Opened};
+use super::dial::{Agreed, Opened};
 use super::inflight::{self, Ask, Cookie, Extent, Failure, MAX_IN_FLIGHT, Payload, Request, Table};
 use super::replies::Replies;
 use super::requests::Requests;
@@ -53,7 +53,7 @@ pub struct Connection {
     name: String,
     /// For readiness only: the bytes go through [`State::stream`].
     socket: Arc<Socket>,
-    export: Export,
+    agreed: Agreed,
     /// Those of the disk.
     abandoned: Arc<Abandoned>,
     /// One permit for each free slot of the table; callers beyond that wait here.
@@ -119,13 +119,13 @@ impl Connection {
     /// Takes over an open export of the disk with these `abandoned` writes; `name` is what the log
     /// calls it.
     pub fn new(name: String, opened: Opened, abandoned: Arc<Abandoned>) -> Arc<Connection> {
-        let Opened { stream, socket, export } = opened;
+        let Opened { stream, socket, agreed } = opened;
         let state = State {
-            headers: export.headers,
+            headers: agreed.headers,
             stream,
             table: Table::new(abandoned.clone()),
             requests: Requests::new(),
-            replies: Replies::new(export.headers, export.base_allocation),
+            replies: Replies::new(agreed.headers, agreed.base_allocation),
             drained: true,
             speed: Speed::default(),
             sender: None,
@@ -133,7 +133,7 @@ impl Connection {
         Arc::new(Connection {
             name,
             socket,
-            export,
+            agreed,
             abandoned,
             permits: Semaphore::new(MAX_IN_FLIGHT),
             driving: AtomicU64::new(0),
@@ -147,8 +147,8 @@ impl Connection {
     }
 
     /// What was agreed on with the server.
-    pub fn export(&self) -> &Export {
-        &self.export
+    pub fn agreed(&self) -> &Agreed {
+        &self.agreed
     }
 
     /// The writes to its disk that nobody waits for any more.

@@ -35,7 +35,7 @@ use super::Options;
 use super::abandoned::Abandoned;
 use super::commands::Commands;
 use super::connection::{BUSY, Connection, Driver};
-use super::dial::{Dialer, Export, Opened};
+use super::dial::{Agreed, Dialer, Opened};
 use super::stream::SystemCalls;
 use super::unflushed::Unflushed;
 use super::wire::transmission_flag;
@@ -58,7 +58,7 @@ const DEFAULT_MOST: (usize, usize) = (4, 8);
 /// All connections to an export.
 pub struct Connections {
     dialer: Dialer,
-    export: Export,
+    agreed: Agreed,
     /// After so long without an answer a connection counts as lost.
     timeout: Option<Duration>,
     /// How long requests wait for a server that is gone. Zero: it is gone for good.
@@ -122,18 +122,18 @@ struct LaneState {
 impl Connections {
     /// Those of `first`'s export.
     pub fn new(dialer: Dialer, first: Arc<Connection>, options: &Options) -> Arc<Connections> {
-        let export = first.export().clone();
-        let most = match export.has(transmission_flag::CAN_MULTI_CONN) {
+        let agreed = first.agreed().clone();
+        let most = match agreed.has(transmission_flag::CAN_MULTI_CONN) {
             true => options.most_connections(),
             false => 1,
         };
         // What could never be dropped is not kept.
-        let has_flush = export.has(transmission_flag::SEND_FLUSH);
+        let has_flush = agreed.has(transmission_flag::SEND_FLUSH);
         let unflushed = Unflushed::new(if has_flush { options.unflushed } else { 0 });
         Arc::new(Connections {
             dialer,
             abandoned: first.abandoned().clone(),
-            export,
+            agreed,
             timeout: options.timeout,
             reconnect_timeout: options.reconnect_timeout,
             unflushed,
@@ -194,8 +194,8 @@ impl Connections {
     }
 
     /// What was agreed on with the server.
-    pub fn export(&self) -> &Export {
-        &self.export
+    pub fn agreed(&self) -> &Agreed {
+        &self.agreed
     }
 
     /// All there are; one that was lost a moment ago may be among them.
@@ -273,13 +273,13 @@ impl Connections {
     /// Opens one to the server that the others are to.
     fn open_beside(&self) -> Result<Arc<Connection>, String> {
         let opened = self.dialer.open_within(FURTHER_LIMIT).map_err(|e| e.to_string())?;
-        if let Some(difference) = self.export.difference(&opened.export) {
+        if let Some(difference) = self.agreed.difference(&opened.agreed) {
             return Err(format!("the export is another one there: {difference}"));
         }
         let connection = self.connection(opened);
         let older = self.all().into_iter().find(|older| !older.is_lost());
         let answered = older.is_some_and(|older| {
-            let mut block = vec![0; self.export.block_sizes.minimum as usize];
+            let mut block = vec![0; self.agreed.block_sizes.minimum as usize];
             let asked = async { Commands::over(older).read(0, &mut block).await.is_ok() };
             let limit = async {
                 Timer::after(FURTHER_LIMIT).await;
@@ -376,8 +376,8 @@ pub struct LaneConnections {
 
 impl LaneConnections {
     /// What was agreed on with the server.
-    pub fn export(&self) -> &Export {
-        self.connections.export()
+    pub fn agreed(&self) -> &Agreed {
+        self.connections.agreed()
     }
 
     /// What is acknowledged and not durable.

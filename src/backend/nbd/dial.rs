@@ -24,7 +24,7 @@ use super::wire::{DEFAULT_MAX_PAYLOAD, Headers, transmission_flag};
 
 /// What was agreed on with a server, fixed for the life of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Export {
+pub struct Agreed {
     /// In bytes: never zero, and no more than a file can have.
     pub size: u64,
     /// See [`transmission_flag`]; zero for what an older server might have.
@@ -37,7 +37,26 @@ pub struct Export {
     pub base_allocation: Option<u32>,
 }
 
-impl Export {
+impl Agreed {
+    fn new(
+        reply: ExportReply,
+        headers: Headers,
+        base_allocation: Option<u32>,
+    ) -> Result<Agreed, Error> {
+        // "Block size constraints": what to assume where the server says nothing.
+        let block_sizes = match reply.block_sizes {
+            Some(sizes) => check_block_sizes(sizes)?,
+            None => BlockSizes { minimum: 1, preferred: 4096, maximum: DEFAULT_MAX_PAYLOAD },
+        };
+        Ok(Agreed {
+            size: reply.size,
+            flags: sane_flags(reply.flags),
+            block_sizes,
+            headers,
+            base_allocation,
+        })
+    }
+
     /// Whether the server set `flag`.
     pub fn has(&self, flag: u16) -> bool {
         self.flags & flag != 0
@@ -45,7 +64,7 @@ impl Export {
 
     /// Why a request for this one cannot go to the `other`, if it cannot: how they talk is all that
     /// they may differ in, and what the other has more.
-    pub fn difference(&self, other: &Export) -> Option<String> {
+    pub fn difference(&self, other: &Agreed) -> Option<String> {
         if self.size != other.size {
             return Some(format!("it had {} bytes and has {}", self.size, other.size));
         }
@@ -84,7 +103,7 @@ pub struct Opened {
     /// The socket under the stream: for readiness.
     pub socket: Arc<Socket>,
     /// What was agreed on.
-    pub export: Export,
+    pub agreed: Agreed,
 }
 
 /// Opens connections to one export; keeps what all of them share.
@@ -199,8 +218,8 @@ impl Dialer {
         };
         match haggling.go(&self.uri.export)? {
             Some(reply) => {
-                let export = agreed(reply, headers, base_allocation)?;
-                self.opened(haggling.into_stream(), export)
+                let agreed = Agreed::new(reply, headers, base_allocation)?;
+                self.opened(haggling.into_stream(), agreed)
             }
             None => self.open_older(Older::FixedNewstyle, deadline),
         }
@@ -305,9 +324,9 @@ impl Dialer {
             flags |= transmission_flag::SEND_FLUSH;
         }
         let reply = ExportReply { size: found.size, flags, block_sizes: None, description: None };
-        let export = agreed(reply, Headers::Simple, None)?;
+        let agreed = Agreed::new(reply, Headers::Simple, None)?;
         log::info!("{}: an older server: no FUA, no WRITE_ZEROES, one connection", self.uri);
-        self.opened(Handshake::Plain(socket), export)
+        self.opened(Handshake::Plain(socket), agreed)
     }
 
     fn names(&self, deadline: Instant) -> Option<Vec<String>> {
@@ -319,17 +338,17 @@ impl Dialer {
         Some(names)
     }
 
-    fn opened(&self, stream: Handshake, export: Export) -> Result<Opened, Error> {
-        if export.size == 0 {
+    fn opened(&self, stream: Handshake, agreed: Agreed) -> Result<Opened, Error> {
+        if agreed.size == 0 {
             return Err(Error::SizeZero { name: self.uri.export.clone() });
         }
         // The protocol allows it; `stat` has no number for it.
-        if i64::try_from(export.size).is_err() {
-            return Err(Error::TooLong { size: export.size });
+        if i64::try_from(agreed.size).is_err() {
+            return Err(Error::TooLong { size: agreed.size });
         }
-        let minimum = export.block_sizes.minimum;
-        if !export.size.is_multiple_of(minimum.into()) {
-            return Err(Error::Tail { size: export.size, minimum });
+        let minimum = agreed.block_sizes.minimum;
+        if !agreed.size.is_multiple_of(minimum.into()) {
+            return Err(Error::Tail { size: agreed.size, minimum });
         }
         let (socket, session) = match stream {
             Handshake::Plain(timed) => (timed.socket, None),
@@ -348,7 +367,7 @@ impl Dialer {
             None => Stream::plain(socket.clone()),
             Some(session) => Stream::tls(socket.clone(), session),
         };
-        Ok(Opened { stream, socket, export })
+        Ok(Opened { stream, socket, agreed })
     }
 
     fn connect(&self, deadline: Instant) -> Result<Timed, Error> {
@@ -398,23 +417,4 @@ impl Write for NoFlags<'_> {
     fn flush(&mut self) -> io::Result<()> {
         self.socket.flush()
     }
-}
-
-fn agreed(
-    reply: ExportReply,
-    headers: Headers,
-    base_allocation: Option<u32>,
-) -> Result<Export, Error> {
-    // "Block size constraints": what to assume where the server says nothing.
-    let block_sizes = match reply.block_sizes {
-        Some(sizes) => check_block_sizes(sizes)?,
-        None => BlockSizes { minimum: 1, preferred: 4096, maximum: DEFAULT_MAX_PAYLOAD },
-    };
-    Ok(Export {
-        size: reply.size,
-        flags: sane_flags(reply.flags),
-        block_sizes,
-        headers,
-        base_allocation,
-    })
 }

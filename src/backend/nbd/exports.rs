@@ -135,8 +135,8 @@ impl Asking<'_> {
         let share = self.exports.options.connect_timeout / SHARE;
         match dialer.open_within(left.min(share)) {
             Ok(opened) => {
-                let size = opened.export.size;
-                let read_only = opened.export.has(transmission_flag::READ_ONLY);
+                let size = opened.agreed.size;
+                let read_only = opened.agreed.has(transmission_flag::READ_ONLY);
                 let uri = dialer.uri().to_string();
                 self.held.push(Connection::new(uri, opened, Arc::default()));
                 if self.held.len() > HELD {

@@ -147,7 +147,7 @@ fn complete(found: Option<ExportInfo>, dialer: &Dialer) -> Result<ExportInfo, Er
         Some(info) if info.size > 0 => Ok(info),
         Some(info) => match dialer.open() {
             Ok(opened) => {
-                let size = opened.export.size;
+                let size = opened.agreed.size;
                 Connection::new(dialer.uri().to_string(), opened, Arc::default()).disconnect();
                 Ok(ExportInfo { size, ..info })
             }
@@ -160,14 +160,14 @@ fn complete(found: Option<ExportInfo>, dialer: &Dialer) -> Result<ExportInfo, Er
 /// Opens the export only to look at it.
 fn older(dialer: &Dialer) -> Result<ExportInfo, Error> {
     let opened = dialer.open()?;
-    let export = opened.export.clone();
+    let agreed = opened.agreed.clone();
     let reply = ExportReply {
-        size: export.size,
-        flags: export.flags,
+        size: agreed.size,
+        flags: agreed.flags,
         block_sizes: None,
         description: None,
     };
     Connection::new(dialer.uri().to_string(), opened, Arc::default()).disconnect();
-    let info = ExportInfo::new(&dialer.uri().export, reply, Vec::new(), false, export.headers);
+    let info = ExportInfo::new(&dialer.uri().export, reply, Vec::new(), false, agreed.headers);
     Ok(ExportInfo { older: true, ..info })
 }

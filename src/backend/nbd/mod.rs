@@ -34,7 +34,7 @@ use self::blocks::Blocks;
 use self::commands::Commands;
 use self::connection::Connection;
 use self::connections::Connections;
-use self::dial::{Dialer, Export};
+use self::dial::{Agreed, Dialer};
 use self::extents::Extents;
 use self::holes::Sparse;
 use self::unflushed::{Reserved, Unflushed};
@@ -157,8 +157,8 @@ impl NbdBackend {
         })
     }
 
-    fn export(&self) -> &Export {
-        self.connections.export()
+    fn agreed(&self) -> &Agreed {
+        self.connections.agreed()
     }
 
     fn unflushed(&self) -> &Arc<Unflushed> {
@@ -167,7 +167,7 @@ impl NbdBackend {
 
     /// Whether something was acknowledged that a FLUSH would make durable.
     pub fn has_unflushed(&self) -> bool {
-        self.export().has(transmission_flag::SEND_FLUSH) && self.unflushed().any()
+        self.agreed().has(transmission_flag::SEND_FLUSH) && self.unflushed().any()
     }
 
     /// How many connections there are.
@@ -188,7 +188,7 @@ impl Backend for NbdBackend {
         let commands = Commands::of_lane(self.connections.lane(io));
         let blocks = Rc::new(Blocks::new(commands, self.lock.clone()));
         let sparse = Rc::new(Sparse::new(blocks.clone(), self.extents.clone(), io));
-        let size = self.export().size;
+        let size = self.agreed().size;
         Ok(NbdLane {
             backend: self.clone(),
             cached: Reads::new(self.ahead.clone(), sparse.clone(), size, io.clone()),
@@ -201,17 +201,17 @@ impl Backend for NbdBackend {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            read_only: self.export().has(transmission_flag::READ_ONLY),
+            read_only: self.agreed().has(transmission_flag::READ_ONLY),
             resizable: false,
             allocates: false,
             fixed_size: true,
-            preferred_io_bytes: self.export().block_sizes.preferred,
+            preferred_io_bytes: self.agreed().block_sizes.preferred,
             waits_for: WaitsFor::Server,
         }
     }
 
     fn size(&self) -> u64 {
-        self.export().size
+        self.agreed().size
     }
 
     fn read_at_start(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
@@ -229,11 +229,11 @@ impl Backend for NbdBackend {
 
     fn stat(&self) -> io::Result<Stat> {
         let time = self.connected;
-        let size = self.export().size;
+        let size = self.agreed().size;
         // cp, tar and others look for holes only in a file that uses less than its length. No
         // server tells how much of it is in use: where it tells of holes, it is as if there were
         // one of a sector.
-        let allocated_bytes = match self.export().base_allocation {
+        let allocated_bytes = match self.agreed().base_allocation {
             Some(_) => (size / 512).saturating_sub(1) * 512,
             None => size,
         };
@@ -342,7 +342,7 @@ pub struct NbdLane {
 impl NbdLane {
     /// The part of `offset..offset + length` before the end, in bytes.
     fn before_end(&self, offset: u64, length: u64) -> u64 {
-        self.backend.export().size.saturating_sub(offset).min(length)
+        self.backend.agreed().size.saturating_sub(offset).min(length)
     }
 
     /// Ranges past the end are the export's concern; the server must not see one all the same.
@@ -350,7 +350,7 @@ impl NbdLane {
         if self.before_end(offset, length) < length {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
-        if self.backend.export().has(transmission_flag::READ_ONLY) {
+        if self.backend.agreed().has(transmission_flag::READ_ONLY) {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
         Ok(())
@@ -398,7 +398,7 @@ async fn flush(backend: &NbdBackend, commands: &Commands) -> io::Result<()> {
     let mark = backend.unflushed().mark();
     commands.flush().await?;
     // Without it nothing is known to be durable, ever.
-    if backend.export().has(transmission_flag::SEND_FLUSH) {
+    if backend.agreed().has(transmission_flag::SEND_FLUSH) {
         backend.unflushed().flushed_to(mark);
     }
     Ok(())

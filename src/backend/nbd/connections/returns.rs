@@ -164,10 +164,10 @@ impl Connections {
         let limit = limit.max(Duration::from_millis(100));
         let not_yet = |why: &dyn ToString| Absence::NotYet(why.to_string());
         let opened = self.dialer.open_within(limit).map_err(|e| not_yet(&e))?;
-        if let Some(difference) = self.export.difference(&opened.export) {
+        if let Some(difference) = self.agreed.difference(&opened.agreed) {
             return Err(Absence::Another(difference));
         }
-        let several = opened.export.has(transmission_flag::CAN_MULTI_CONN);
+        let several = opened.agreed.has(transmission_flag::CAN_MULTI_CONN);
         let connection = self.connection(opened);
         let _bringing_back = self.bringing_back.lock().expect("no code panics while it is held");
         over(&self.shared())?;
@@ -259,7 +259,7 @@ impl Connections {
                 return Err(gone("the connection to it was lost".into()));
             }
             let made_durable = match self.dialer.open_within(left.max(Duration::from_millis(100))) {
-                Ok(opened) => match self.export.difference(&opened.export) {
+                Ok(opened) => match self.agreed.difference(&opened.agreed) {
                     Some(difference) => {
                         return Err(gone(format!("another disk is there: {difference}")));
                     }

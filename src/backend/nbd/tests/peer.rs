@@ -10,7 +10,7 @@ use smol::LocalExecutor;
 use socket2::Socket;
 
 use super::super::connection::Connection;
-use super::super::dial::{Export, Opened};
+use super::super::dial::{Agreed, Opened};
 use super::super::handshake::BlockSizes;
 use super::super::stream::Stream;
 use super::super::wire::{Command, Headers, be_u16, be_u32, be_u64};
@@ -136,7 +136,7 @@ pub fn connection(
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     let socket = Arc::new(Socket::from(ours));
-    let export = Export {
+    let agreed = Agreed {
         size: 1 << 30,
         // Writable, with FLUSH, FUA, TRIM and WRITE_ZEROES; one connection only.
         flags: 0x7d,
@@ -146,7 +146,7 @@ pub fn connection(
     };
     let stream = Stream::plain(socket.clone());
     let connection =
-        Connection::new("peer".into(), Opened { stream, socket, export }, Arc::default());
+        Connection::new("peer".into(), Opened { stream, socket, agreed }, Arc::default());
     let peer = std::thread::spawn(move || script(Peer { socket: theirs, headers }));
     (connection, peer)
 }

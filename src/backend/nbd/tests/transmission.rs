@@ -17,7 +17,7 @@ use smol::{LocalExecutor, Timer};
 use socket2::Socket;
 
 use super::super::connection::Connection;
-use super::super::dial::{Export, Opened};
+use super::super::dial::{Agreed, Opened};
 use super::super::handshake::BlockSizes;
 use super::super::inflight::{Extent, Failure};
 use super::super::stream::Stream;
@@ -514,9 +514,9 @@ fn a_connection_that_is_given_up_takes_back_what_was_not_received() {
     let socket = Arc::new(Socket::from(ours));
     let block_sizes = BlockSizes { minimum: 1, preferred: 4096, maximum: 1 << 25 };
     let headers = Headers::Simple;
-    let export = Export { size: 1 << 30, flags: 1, block_sizes, headers, base_allocation: None };
+    let agreed = Agreed { size: 1 << 30, flags: 1, block_sizes, headers, base_allocation: None };
     let stream = Stream::plain(socket.clone());
-    let opened = Opened { stream, socket, export };
+    let opened = Opened { stream, socket, agreed };
     let connection = Client(Connection::new("peer".into(), opened, Arc::default()));
     let executor = Rc::new(LocalExecutor::new());
     let io = Io::of_a_test(None, executor.clone());
