@@ -117,7 +117,7 @@ struct Rings {
     proceed: Vec<mpsc::Sender<()>>,
     progress: mpsc::Receiver<Progress>,
     /// How many requests may be in flight, in all and for each thread.
-    requests: usize,
+    in_flight: usize,
     depth: usize,
 }
 
@@ -158,7 +158,7 @@ impl Session {
         };
         let worker_depth = options.queue_depth.unwrap_or(WORKER_DEPTH);
         let (ring_requests, ring_depth) =
-            rings.as_ref().map_or((0, 0), |rings| (rings.requests, rings.depth));
+            rings.as_ref().map_or((0, 0), |rings| (rings.in_flight, rings.depth));
         let in_flight = ring_requests.max(worker_depth * worker_count());
         let mut wanted = WANTED;
         if rings.is_some() {
@@ -229,12 +229,12 @@ impl Session {
         let cpus = options.cpus.as_ref()?;
         let threads = cpus.usable.len();
         let waits_for = export.waits_for();
-        let (depths, requests) = depths(options.queue_depth, waits_for, threads);
+        let (depths, in_flight) = share_entries(options.queue_depth, waits_for, threads);
         let (report, progress) = mpsc::channel();
         let mut proceed = Vec::new();
-        let (queues, receivers) = Queues::new(cpus, requests);
+        let (queues, receivers) = Queues::new(cpus, in_flight);
         for (number, (requests, &cpu)) in receivers.into_iter().zip(&cpus.usable).enumerate() {
-            let (sender, receiver) = mpsc::channel();
+            let (sender, may_proceed) = mpsc::channel();
             proceed.push(sender);
             // Of its own: the kernel counts each command in what is open, and threads would take
             // turns with that counter.
@@ -252,7 +252,7 @@ impl Session {
                 interrupts: self.interrupts.clone(),
             };
             let report = report.clone();
-            self.spawn(format!("ring-{cpu}"), ended, move || thread.run(report, receiver))
+            self.spawn(format!("ring-{cpu}"), ended, move || thread.run(report, may_proceed))
                 .map_err(|e| no_thread(&e))?;
         }
         drop(report);
@@ -264,7 +264,7 @@ impl Session {
                 other => return Err(format!("a thread has ended early: {other:?}")),
             }
         }
-        Ok(Rings { proceed, progress, requests, depth: depths.most })
+        Ok(Rings { proceed, progress, in_flight, depth: depths.most })
     }
 
     fn spawn(
@@ -402,7 +402,7 @@ pub fn worker_count() -> usize {
 }
 
 /// How many entries each queue may have, and all together, with so many threads.
-fn depths(wished: Option<usize>, waits_for: WaitsFor, threads: usize) -> (Depths, usize) {
+fn share_entries(wished: Option<usize>, waits_for: WaitsFor, threads: usize) -> (Depths, usize) {
     let most = wished.unwrap_or(QUEUE_DEPTH);
     let all = RING_REQUESTS.max(wished.unwrap_or(0) * threads);
     let first = match waits_for {
@@ -529,12 +529,12 @@ mod tests {
 
     #[test]
     fn queues_share_what_may_be_in_flight() {
-        let of = |threads| depths(None, WaitsFor::Server, threads);
+        let of = |threads| share_entries(None, WaitsFor::Server, threads);
         assert_eq!(of(2), (Depths { first: 64, most: 128 }, 1024));
         assert_eq!(of(64).0, Depths { first: 8, most: 128 });
-        let wished = depths(Some(2), WaitsFor::Memory, 4);
+        let wished = share_entries(Some(2), WaitsFor::Memory, 4);
         assert_eq!(wished, (Depths { first: 2, most: 2 }, 1024));
-        assert_eq!(depths(Some(1000), WaitsFor::Server, 4).1, 4000);
+        assert_eq!(share_entries(Some(1000), WaitsFor::Server, 4).1, 4000);
     }
 
     #[test]
