@@ -124,6 +124,22 @@ struct Rings {
 impl Session {
     /// Answers INIT and starts to serve. `ended` is notified whenever a serving thread has ended.
     /// An error says what to do about it.
+    ///
+    /// ```text
+    ///   session                       ring threads                  kernel
+    ///      │ <── INIT ─────────────────────────────────────────────────┤
+    ///      ├── spawn ───────────────────> │                            │
+    ///      │ <── Ready or NoRing ─────────┤ have a ring and memory     │
+    ///      ├── INIT's reply ─────────────────────────────────────────> │
+    ///      ├── proceed ─────────────────> │                            │
+    ///      │                              ├── register all entries ──> │
+    ///      │ <── Registered or Refused ───┤ <── requests ──────────────┤
+    ///      └── spawn /dev/fuse's workers: one beside rings
+    /// ```
+    ///
+    /// The reply promises rings if all threads are Ready. After a NoRing `proceed` is dropped,
+    /// which ends the threads that are. Then, and after a Refused, everything comes by /dev/fuse,
+    /// unless the user insists on rings.
     pub fn start<S: Served>(
         device: OwnedFd,
         export: &Arc<S>,
