@@ -19,6 +19,12 @@
 //! It is sent, the server replies, and the caller lets go of it: see [`state`]. When all three have
 //! happened its slot is free.
 //!
+//! # A wrong answer
+//! `Err`, a [`Violation`], ends the connection: the answer fits no request here, or its length
+//! cannot be believed, so neither can what follows it; or the server is about to end
+//! ([`SHUTTING_DOWN`]). `Ok` fails at most the request: its answer is well framed, and is an error
+//! or not all that was asked for ([`Entry::fault`]).
+//!
 //! # Bounds
 //! The table has [`MAX_IN_FLIGHT`] slots, made at the start; the connection's semaphore lets no
 //! more requests in. A cookie is the slot's index and a generation, so it is unique for 2³² uses of
@@ -247,6 +253,35 @@ impl Table {
         }
     }
 
+    fn entry(&mut self, cookie: Cookie) -> Option<&mut Entry> {
+        let slot = self.slots.get_mut(cookie.index())?;
+        let current = Cookie::new(cookie.index(), slot.generation) == cookie;
+        slot.entry.as_mut().filter(|_| current)
+    }
+
+    /// The request that a reply names.
+    fn awaiting(&mut self, cookie: Cookie) -> Result<&mut Entry, Violation> {
+        self.entry(cookie).filter(|entry| entry.state.awaits_reply()).ok_or_else(|| {
+            format!("a reply names cookie {:#x}, which is not in flight", cookie.0).into()
+        })
+    }
+
+    /// Takes the request's next step, and frees the slot after the last one.
+    fn step(&mut self, cookie: Cookie, step: Step) {
+        let slot = &mut self.slots[cookie.index()];
+        let entry = slot.entry.as_mut().expect("a slot is in use until the last step");
+        entry.state = entry.state.after(step);
+        if entry.state == State::Free {
+            slot.entry = None;
+            slot.generation = slot.generation.wrapping_add(1);
+            self.free.push(cookie.index());
+            self.freed += 1;
+        }
+    }
+}
+
+/// For the caller, by its [`Request`].
+impl Table {
     /// Takes a free slot; the caller holds a permit for one.
     ///
     /// # Safety
@@ -276,47 +311,47 @@ impl Table {
         Cookie::new(index, slot.generation)
     }
 
-    fn entry(&mut self, cookie: Cookie) -> Option<&mut Entry> {
-        let slot = self.slots.get_mut(cookie.index())?;
-        let current = Cookie::new(cookie.index(), slot.generation) == cookie;
-        slot.entry.as_mut().filter(|_| current)
-    }
-
-    /// The request that a reply names.
-    fn awaiting(&mut self, cookie: Cookie) -> Result<&mut Entry, Violation> {
-        self.entry(cookie).filter(|entry| entry.state.awaits_reply()).ok_or_else(|| {
-            format!("a reply names cookie {:#x}, which is not in flight", cookie.0).into()
+    /// The answer, if it is there.
+    fn answer(
+        &mut self,
+        cookie: Cookie,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Vec<Extent>, Failure>> {
+        let entry = self.entry(cookie).expect("a slot is in use until it is let go");
+        if entry.state.awaits_reply() {
+            match &mut entry.waker {
+                Some(waker) => waker.clone_from(cx.waker()),
+                None => entry.waker = Some(cx.waker().clone()),
+            }
+            return Poll::Pending;
+        }
+        Poll::Ready(match entry.failure {
+            Some(Cause::Lost) => Err(Failure::Lost),
+            Some(Cause::Errno(errno)) => Err(Failure::Error(io::Error::from_raw_os_error(errno))),
+            None => Ok(std::mem::take(&mut entry.extents)),
         })
     }
 
-    /// Takes the request's next step, and frees the slot after the last one.
-    fn step(&mut self, cookie: Cookie, step: Step) {
-        let slot = &mut self.slots[cookie.index()];
-        let entry = slot.entry.as_mut().expect("a slot is in use until the last step");
-        entry.state = entry.state.after(step);
-        if entry.state == State::Free {
-            slot.entry = None;
-            slot.generation = slot.generation.wrapping_add(1);
-            self.free.push(cookie.index());
-            self.freed += 1;
+    /// The caller has its answer, or goes without: its buffer leaves the table.
+    fn let_go(&mut self, cookie: Cookie) {
+        let abandoned = self.abandoned.clone();
+        let entry = self.entry(cookie).expect("a request is let go once");
+        if entry.state.awaits_reply() && entry.command.changes_the_disk() {
+            let range = entry.offset..entry.offset.saturating_add(entry.length);
+            entry.abandoned = Some(abandoned.add(range));
         }
+        entry.waker = None;
+        match &entry.buffer {
+            // The server has had a part of it, or may already wait for it: the rest must follow.
+            Buffer::Send(lent) => entry.buffer = Buffer::SendCopy(lent.as_slice().into()),
+            Buffer::SendCopy(_) | Buffer::Fill(_) | Buffer::None => entry.buffer = Buffer::None,
+        }
+        self.step(cookie, Step::LetGo);
     }
+}
 
-    /// How many slots became free since the last call: so many permits go back.
-    pub fn take_freed(&mut self) -> usize {
-        std::mem::take(&mut self.freed)
-    }
-
-    /// How much was answered since the last call, by [`weight`].
-    pub fn take_answered(&mut self) -> usize {
-        std::mem::take(&mut self.answered)
-    }
-
-    /// Whether a large payload may come next, so that little should be read ahead of it.
-    pub fn awaits_direct_read(&self) -> bool {
-        self.direct_reads > 0
-    }
-
+/// For the sending half, [`super::requests`].
+impl Table {
     /// The data that follows the request's header on the wire.
     pub fn data_to_send(&self, cookie: Cookie) -> &[u8] {
         let slot = self.slots.get(cookie.index());
@@ -334,6 +369,14 @@ impl Table {
             entry.buffer = Buffer::None;
         }
         self.step(cookie, Step::Sent);
+    }
+}
+
+/// For the receiving half, [`super::replies`]. An error ends the connection: see the module's text.
+impl Table {
+    /// Whether a large payload may come next, so that little should be read ahead of it.
+    pub fn awaits_direct_read(&self) -> bool {
+        self.direct_reads > 0
     }
 
     /// Whether `cookie` awaits data.
@@ -381,6 +424,14 @@ impl Table {
         }
     }
 
+    /// The caller's buffer from `at` on; `None` if the caller has gone.
+    pub fn destination(&mut self, cookie: Cookie, at: u64, length: u64) -> Option<&mut [u8]> {
+        let Buffer::Fill(lent) = &mut self.entry(cookie)?.buffer else { return None };
+        // SAFETY: what is to be filled was made by `to_fill`.
+        let buf = unsafe { lent.as_mut_slice() };
+        buf.get_mut(at as usize..)?.get_mut(..length as usize)
+    }
+
     /// As [`Table::begin_data`], for zeroes that are not on the wire.
     pub fn hole(&mut self, cookie: Cookie, offset: u64, length: u64) -> Result<(), Violation> {
         if length == 0 {
@@ -392,14 +443,6 @@ impl Table {
             buf.fill(0);
         }
         Ok(())
-    }
-
-    /// The caller's buffer from `at` on; `None` if the caller has gone.
-    pub fn destination(&mut self, cookie: Cookie, at: u64, length: u64) -> Option<&mut [u8]> {
-        let Buffer::Fill(lent) = &mut self.entry(cookie)?.buffer else { return None };
-        // SAFETY: what is to be filled was made by `to_fill`.
-        let buf = unsafe { lent.as_mut_slice() };
-        buf.get_mut(at as usize..)?.get_mut(..length as usize)
     }
 
     /// An extent of a BLOCK_STATUS, in order.
@@ -454,6 +497,19 @@ impl Table {
         self.step(cookie, Step::Replied);
         Ok(())
     }
+}
+
+/// For the connection: what it counts, and its end.
+impl Table {
+    /// How many slots became free since the last call: so many permits go back.
+    pub fn take_freed(&mut self) -> usize {
+        std::mem::take(&mut self.freed)
+    }
+
+    /// How much was answered since the last call, by [`weight`].
+    pub fn take_answered(&mut self) -> usize {
+        std::mem::take(&mut self.answered)
+    }
 
     /// Takes the age of what is in flight: how often that was done since the oldest came.
     pub fn take_age(&mut self) -> u32 {
@@ -483,44 +539,6 @@ impl Table {
                 self.sent(cookie);
             }
         }
-    }
-
-    /// The answer, if it is there.
-    fn answer(
-        &mut self,
-        cookie: Cookie,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Vec<Extent>, Failure>> {
-        let entry = self.entry(cookie).expect("a slot is in use until it is let go");
-        if entry.state.awaits_reply() {
-            match &mut entry.waker {
-                Some(waker) => waker.clone_from(cx.waker()),
-                None => entry.waker = Some(cx.waker().clone()),
-            }
-            return Poll::Pending;
-        }
-        Poll::Ready(match entry.failure {
-            Some(Cause::Lost) => Err(Failure::Lost),
-            Some(Cause::Errno(errno)) => Err(Failure::Error(io::Error::from_raw_os_error(errno))),
-            None => Ok(std::mem::take(&mut entry.extents)),
-        })
-    }
-
-    /// The caller has its answer, or goes without: its buffer leaves the table.
-    fn let_go(&mut self, cookie: Cookie) {
-        let abandoned = self.abandoned.clone();
-        let entry = self.entry(cookie).expect("a request is let go once");
-        if entry.state.awaits_reply() && entry.command.changes_the_disk() {
-            let range = entry.offset..entry.offset.saturating_add(entry.length);
-            entry.abandoned = Some(abandoned.add(range));
-        }
-        entry.waker = None;
-        match &entry.buffer {
-            // The server has had a part of it, or may already wait for it: the rest must follow.
-            Buffer::Send(lent) => entry.buffer = Buffer::SendCopy(lent.as_slice().into()),
-            Buffer::SendCopy(_) | Buffer::Fill(_) | Buffer::None => entry.buffer = Buffer::None,
-        }
-        self.step(cookie, Step::LetGo);
     }
 }
 
