@@ -55,7 +55,17 @@ const FURTHER_LIMIT: Duration = Duration::from_secs(5);
 /// bounds. Fewer do not keep a server busy that is far away, and more are more than a server
 /// expects of a client.
 const DEFAULT_MOST: (usize, usize) = (4, 8);
-/// All connections to an export.
+
+/// All connections to an export. How it stands with them:
+///
+/// | | `shared.all` | `shared.outage` | `refuses` | a server is dialled |
+/// |---|---|---|---|---|
+/// | up | some | none | no | for one more, if `may_open` |
+/// | away, requests wait | none | no failure | no | by the thread `redial` |
+/// | away, requests fail | none | a failure, or the export ends (`is_hurried`) | yes | as before |
+/// | away for good | none | a failure `for_good` | yes | never |
+/// | another disk | none | the same, and `is_another` | yes | never |
+/// | closed: `is_closed` | as it was | as it was | as it was | by the last flush, if none is left |
 pub struct Connections {
     dialer: Dialer,
     agreed: Agreed,
