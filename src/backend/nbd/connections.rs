@@ -424,11 +424,10 @@ impl LaneConnections {
         {
             return Some(best.clone());
         }
-        let wants_more = best.is_some() || {
+        if best.is_none() {
             self.guest.set(self.guest.get().saturating_add(1));
-            self.guest.get() >= GUEST
-        };
-        if wants_more {
+        }
+        if best.is_some() || self.guest.get() >= GUEST {
             self.connections.open_another(self.lane);
         }
         let all = self.all.borrow();
