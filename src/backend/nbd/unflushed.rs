@@ -474,7 +474,7 @@ impl Store {
                 let (mut at, mut rest) = (offset, data);
                 // Appending may change it.
                 let log = self.current;
-                for (range, place) in in_place.into_iter().rev() {
+                for (range, place) in in_place {
                     let (new, old) = rest.split_at((range.start - at) as usize);
                     self.append(at, new, number);
                     let (old, behind) = old.split_at((range.end - range.start) as usize);
@@ -532,8 +532,8 @@ impl Store {
         Some(extent)
     }
 
-    /// Takes the range out. What of it was in the current log, and where, from the end to the
-    /// start: it can be used again.
+    /// Takes the range out. What of it was in the current log, and where, from the start to the
+    /// end: it can be used again.
     fn cut(&mut self, range: Range<u64>) -> Vec<(Range<u64>, usize)> {
         let mut in_current = Vec::new();
         while let Some((&start, extent)) = self.extents.range(..range.end).next_back()
@@ -554,6 +554,8 @@ impl Store {
                 in_current.push((overlap, at));
             }
         }
+        // They were found from the end to the start.
+        in_current.reverse();
         in_current
     }
 
