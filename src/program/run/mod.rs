@@ -6,6 +6,7 @@
 //! may not.
 
 mod control;
+mod descriptors;
 mod loss;
 mod stop;
 
@@ -14,16 +15,13 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::process::{
-    Resource, Rlimit, configure_io_flusher_behavior, getegid, geteuid, getrlimit, is_io_flusher,
-    setrlimit,
-};
+use rustix::process::{configure_io_flusher_behavior, getegid, geteuid, is_io_flusher};
 
 use crate::backend::Backend;
 use crate::backend::file::{self, FileBackend};
 use crate::backend::nbd::{Exports, Found, NbdBackend, Uri};
 use crate::backend::part::Part;
-use crate::directory::{self, Directory};
+use crate::directory::Directory;
 use crate::export::report::Reporter;
 use crate::export::{Cache, Export, Policy, Served};
 use crate::mount::{self, Mount, Mountpoint, Shape};
@@ -40,6 +38,7 @@ use crate::transport::cpus::Cpus;
 
 use super::failure::{Failure, local_failure, path_failure, remote_failure, stopped_while_opened};
 use control::{Control, Ended};
+use descriptors::{allow_connected, allow_open_files};
 
 /// Exports until the end, and gives the exit status: that of the command in `--run`, else 0.
 pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failure> {
@@ -160,21 +159,6 @@ fn check_page_size() -> Result<(), Failure> {
     }
 }
 
-/// Sees to it that `wanted` files can be open at once, as far as the hard limit (`RLIMIT_NOFILE`)
-/// allows. How many can be.
-fn raise_open_files(wanted: u64) -> io::Result<u64> {
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    // None: no limit.
-    let needed = wanted.min(maximum.unwrap_or(u64::MAX));
-    match current {
-        Some(current) if current < needed => {
-            setrlimit(Resource::Nofile, Rlimit { current: Some(needed), maximum })?;
-            Ok(needed)
-        }
-        current => Ok(current.unwrap_or(u64::MAX)),
-    }
-}
-
 /// Tells the kernel that this thread, and all that it starts from now on, write out pages of other
 /// programs: while they allocate memory, or make pages dirty themselves, they are not to wait for
 /// those pages, which would wait for them (`PR_SET_IO_FLUSHER`). Whether that is new: it is
@@ -184,59 +168,6 @@ fn become_io_flusher() -> io::Result<bool> {
     let was_one = is_io_flusher()?;
     configure_io_flusher_behavior(true)?;
     Ok(!was_one)
-}
-
-/// Those that are open whatever is served.
-const FILES_IN_ALL: u64 = 32;
-/// Those that a serving thread needs.
-const FILES_OF_A_THREAD: u64 = 8;
-
-/// How many files of a directory may be connected at a time, by the descriptors that there may be
-/// beside those of the threads. None at all is an error.
-fn allow_connected(config: &Config) -> Result<usize, Failure> {
-    let rings = Cpus::here().map_or(0, |cpus| cpus.usable.len());
-    let threads = session::worker_count() + rings;
-    let others = FILES_IN_ALL + FILES_OF_A_THREAD * threads as u64;
-    let each = config.remote.most_connections() as u64;
-    let wanted = others + directory::MOST_CONNECTED as u64 * each;
-    let allowed = raise_open_files(wanted);
-    let allowed = allowed.map_err(|e| Failure::Mount(format!("the limit of open files: {e}")))?;
-    match (allowed.saturating_sub(others) / each) as usize {
-        0 => Err(Failure::Mount(format!(
-            "{allowed} open files are not enough for a connection (a larger ulimit -n)"
-        ))),
-        most => Ok(most.min(directory::MOST_CONNECTED)),
-    }
-}
-
-/// Threads that serve need descriptors, and without them would fail one after the other behind a
-/// mount. Says whether there are enough for so many threads with rings.
-fn allow_open_files(config: &Config, ring_threads: usize) -> Result<Switch, Failure> {
-    let limit = |threads: usize| {
-        let wanted = FILES_IN_ALL + FILES_OF_A_THREAD * threads as u64;
-        match raise_open_files(wanted) {
-            Ok(allowed) if allowed < wanted => {
-                Err(format!("{allowed} open files are not enough: {wanted} may be needed"))
-            }
-            Ok(_) => Ok(()),
-            Err(e) => Err(format!("the limit of open files: {e}")),
-        }
-    };
-    let workers = session::worker_count();
-    limit(workers).map_err(|why| Failure::Mount(format!("{why} (a larger ulimit -n)")))?;
-    if config.io_uring == Switch::Off {
-        return Ok(Switch::Off);
-    }
-    match (limit(workers + ring_threads), config.io_uring) {
-        (Ok(()), when) => Ok(when),
-        (Err(why), Switch::Auto) => {
-            log::warn!("serving by /dev/fuse, no FUSE over io_uring: {why} (a larger ulimit -n)");
-            Ok(Switch::Off)
-        }
-        (Err(why), _) => Err(Failure::Mount(format!(
-            "no FUSE over io_uring: {why} (a larger ulimit -n), or use --io-uring off"
-        ))),
-    }
 }
 
 /// Serves the part of the source that is wanted, or all of it. A part is another type: what serves
