@@ -57,7 +57,7 @@
 //! | another kind of source | [`backend`], whose two traits it implements |
 //! | ... on the command line | `Source` in [`program::cli`]; the compiler tells who matches on it |
 //! | how far is read ahead | unless the user says: `values` of [`program::cli`] |
-//! | ... by the kernel (root) or by us (others) | `serve_as` in [`program::run`] |
+//! | ... by the kernel (root) or by us (others) | `start` in [`program::run`] |
 //! | images and block devices; a part of a disk | [`backend::file`]; [`backend::part`] |
 //! | partition tables | [`partitions`] |
 //! | the NBD client: its picture is in | [`backend::nbd`] |

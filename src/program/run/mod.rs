@@ -235,6 +235,30 @@ fn serve_as<S: Served>(
     mut control: Control,
     background: Option<Background>,
 ) -> Result<u8, Failure> {
+    let started = start(config, shape, read_only, make, &mut control)?;
+    serve_to_the_end(config, started, control, background)
+}
+
+/// What is mounted and served.
+struct Started<S> {
+    session: Session,
+    mount: Mount,
+    export: Arc<S>,
+    stats: Arc<Stats>,
+    /// Locked, and not written yet.
+    pidfile: Option<Pidfile>,
+    /// Of the mountpoint, where the user has named none.
+    folder: Option<OwnFolder>,
+}
+
+/// Mounts, and starts to serve.
+fn start<S: Served>(
+    config: &Config,
+    shape: Shape,
+    read_only: bool,
+    make: impl FnOnce(Policy, Reporter) -> Result<S, Failure>,
+    control: &mut Control,
+) -> Result<Started<S>, Failure> {
     check_page_size()?;
     let cpus = Cpus::here().map_err(|e| format!("the CPUs of this machine: {e}"));
     let ring_threads = cpus.as_ref().map_or(0, |cpus| cpus.usable.len());
@@ -246,7 +270,7 @@ fn serve_as<S: Served>(
         .map_err(|signal| Failure::Mount(format!("stopped by signal {}", signal.number)))?
         .map_err(|e| Failure::Mount(e.to_string()))?;
     let lock = config.pidfile.clone().map(|path| move || Pidfile::lock(&path));
-    let mut pidfile = match lock {
+    let pidfile = match lock {
         Some(lock) => Some(
             control
                 .unless_signalled(("pidfile", "waiting for the pidfile"), lock)
@@ -323,6 +347,19 @@ fn serve_as<S: Served>(
             export.set_read_ahead(config.read_ahead);
         }
     }
+    Ok(Started { session, mount, export, stats, pidfile, folder })
+}
+
+/// Tells whoever waits for it that the file can be used, watches over what serves it until that has
+/// ended, and flushes. Its status is that of [`run`].
+fn serve_to_the_end<S: Served>(
+    config: &Config,
+    started: Started<S>,
+    mut control: Control,
+    background: Option<Background>,
+) -> Result<u8, Failure> {
+    // They are dropped in reverse order: the folder once nothing is in it any more.
+    let Started { folder, mut pidfile, stats, export, mount, session } = started;
     let announced = control
         .tell_size(&mount, &*export)
         .inspect(|()| log_place(config, mount.path(), export.writable()))
