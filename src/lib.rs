@@ -28,7 +28,7 @@
 //! | an option | [`program::cli`]: its `args`, and `values` for the bounds; man/diskfuse.1 |
 //! | `-o`, and what fstab may say | its `mount_options` |
 //! | what an export goes through from start to end | [`program::run`] |
-//! | what ends it: signals, umount, the command of `--run` | its `control` and `stop` |
+//! | what ends it: signals, umount, the command of `--run` | its `supervise` and `stop` |
 //! | the exit status | [`program::failure`]; --help: `error_code` in `args` of [`program::cli`] |
 //! | an error's words | where it is found: [`mount::mountpoint`]; the modules of [`backend`] |
 //! | `--info` and `--list`; `--mounts` | [`program::look`], [`program::info`]; [`program::mounts`] |

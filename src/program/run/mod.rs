@@ -1,7 +1,7 @@
 //! One export, or a directory of them, from its beginning to its end: source → mount → session →
 //! stop → unmount → flush.
 //!
-//! This is the control thread; `control` is what it does while others serve. It is also the only
+//! This is the control thread; `supervise` is what it does while others serve. It is also the only
 //! one that unmounts: the kernel holds an unmount until no request waits, so a thread that serves
 //! may not.
 
@@ -9,6 +9,7 @@ mod control;
 mod descriptors;
 mod loss;
 mod stop;
+mod supervise;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -37,8 +38,9 @@ use crate::sys;
 use crate::transport::cpus::Cpus;
 
 use super::failure::{Failure, local_failure, path_failure, remote_failure, stopped_while_opened};
-use control::{Control, Ended};
+use control::Control;
 use descriptors::{allow_connected, allow_open_files};
+use supervise::Ended;
 
 /// Exports until the end, and gives the exit status: that of the command in `--run`, else 0.
 pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failure> {
