@@ -1,4 +1,20 @@
 //! What the control thread does while others serve.
+//!
+//! ```text
+//!  phase         event                                        what follows
+//!  Mounted       a signal, the command's end, a loss of the   a Stop begins: it unmounts, by force
+//!                source (--on-loss exit)                      when its time is up
+//!                a thread fails                               a Stop that is forced
+//!                others unmount it, a file is still open      Detached
+//!                ... none is (other namespaces have a copy)   a Stop that is forced
+//!  Detached      as while mounted; or the last close          a Stop; one that is forced
+//!  either        the Stop is forced, or the connection ends   LastRequests
+//!  LastRequests  its time is up, or another signal            the end, threads are abandoned
+//!  any           all threads have ended                       no mount: waits for the command
+//!  no mount      no command, or its end                       the end
+//! ```
+//!
+//! While there is a command, signals go to it, and its end begins the Stop.
 
 use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
@@ -28,6 +44,17 @@ pub(super) struct Ended {
     pub(super) status: u8,
 }
 
+/// How far a session is, as long as there is its mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// It is served, or about to be unmounted.
+    Mounted,
+    /// It was unmounted, and whoever has it open is served.
+    Detached,
+    /// Nobody is served any more. Threads that still wait for the source then are given up.
+    LastRequests { until: Instant },
+}
+
 impl Control {
     /// Watches over a session until it has ended and its mount is gone, and the command of `--run`
     /// has ended too.
@@ -40,9 +67,7 @@ impl Control {
         let mut failed = false;
         let mut status = 0;
         let mut mount = Some(mount);
-        let mut is_detached = false;
-        // When those that wait for the source are given up.
-        let mut last_requests: Option<Instant> = None;
+        let mut phase = Phase::Mounted;
         loop {
             if let Some(ended) = self.command_status() {
                 status = ended;
@@ -76,9 +101,12 @@ impl Control {
                 }
                 if session.connection_has_ended() || self.stop.as_ref().is_some_and(Stop::is_forced)
                 {
-                    last_requests.get_or_insert_with(|| Instant::now() + LAST_REQUESTS);
+                    if !matches!(phase, Phase::LastRequests { .. }) {
+                        phase = Phase::LastRequests { until: Instant::now() + LAST_REQUESTS };
+                    }
                 } else if !mounted.is_there() {
-                    if !std::mem::replace(&mut is_detached, true) {
+                    if phase == Phase::Mounted {
+                        phase = Phase::Detached;
                         log::info!("{}: unmounted", mounted.path().display());
                     }
                     // Whoever has it open is served until the last close. Else only other mount
@@ -88,7 +116,9 @@ impl Control {
                     }
                 }
                 let is_hurried = self.stop.as_ref().is_some_and(|stop| stop.is_hurried);
-                if last_requests.is_some_and(|at| is_hurried || Instant::now() >= at) {
+                if let Phase::LastRequests { until } = phase
+                    && (is_hurried || Instant::now() >= until)
+                {
                     let path = mounted.path().display();
                     log::warn!("{path}: requests in flight are abandoned");
                     drop(mount);
@@ -96,7 +126,7 @@ impl Control {
                     return Ended { failed, abandoned: true, status };
                 }
             }
-            let looks = self.stop.is_some() || is_detached || last_requests.is_some();
+            let looks = self.stop.is_some() || phase != Phase::Mounted;
             let retry = (looks && mount.is_some()).then_some(RETRY);
             let timeout = retry.or(next_look);
             let signal = self.wait(timeout).unwrap_or_else(|e| {
