@@ -23,6 +23,7 @@ use crate::fuse::request::Op;
 use crate::io::Io;
 use crate::pool;
 use crate::stats::{Operation, ThreadStats};
+use crate::sys;
 use interrupts::{Interrupts, Waiting};
 use ring::Ring;
 use slot::Slot;
@@ -68,6 +69,14 @@ impl<S: Served> Server<S> {
         // begins by itself, to read ahead, own their buffers likewise.
         let io = unsafe { Io::new(ring, executor.clone()) };
         let lane = export.lane(&io)?;
+        if export.waits_for() != WaitsFor::Memory {
+            // The client that has just asked is to go on asking. If this thread preempted it, and a
+            // server this thread, each request would make its whole way alone, at the price of four
+            // switches, however many the client wants to have in flight.
+            if let Err(e) = sys::preempt_nobody() {
+                log::debug!("SCHED_BATCH: {e}");
+            }
+        }
         let interrupted = interrupts.listen();
         let server = Rc::new(Server {
             waits_for: export.waits_for(),

@@ -1,4 +1,4 @@
-//! What requests cost in system calls on the NBD socket. Counts, not times.
+//! What requests cost: system calls on the NBD socket, and turns on a CPU. Counts, not times.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -147,4 +147,35 @@ pub fn many_reads_share_their_sends(bench: &Bench) {
     let calls = strace.finish();
     println!("{READS} reads: {calls:?}");
     assert!(calls.sends > 0 && calls.sends < READS / 2, "{calls:?}");
+}
+
+/// The policies of an export's serving threads (`sched(7)`).
+fn policies(export: &Export) -> Vec<i32> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", export.pid())).unwrap();
+    let stats =
+        tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap());
+    // The name, in brackets, may have spaces in it.
+    let split = stats.map(|stat| {
+        let (begin, rest) = stat.rsplit_once(") ").unwrap();
+        let policy = rest.split(' ').nth(41 - 3).unwrap().parse().unwrap();
+        (begin.split_once('(').unwrap().1.to_owned(), policy)
+    });
+    split
+        .filter(|(name, _)| name.starts_with("ring-") || name.starts_with("fuse-"))
+        .map(|(_, policy)| policy)
+        .collect()
+}
+
+/// A client that goes on asking is not interrupted at each request. Where nobody else has to answer
+/// first, serving threads are like all others.
+pub fn its_threads_preempt_no_client(bench: &Bench) {
+    let (_server, uri) = bench.nbdkit(&["memory", "1M"]);
+    for (source, expected) in [(uri.as_str(), libc::SCHED_BATCH), ("mem:1M", libc::SCHED_OTHER)] {
+        let export = bench.export(source);
+        open(export.file(), O_DIRECT);
+        eventually("its serving threads", || {
+            let policies = policies(&export);
+            !policies.is_empty() && policies.iter().all(|policy| *policy == expected)
+        });
+    }
 }

@@ -188,6 +188,7 @@ fn main() -> ExitCode {
         servers::daemon_has_a_server ["root", "qemu-nbd", "qemu-img"],
         servers::daemon_gives_its_server_named_descriptors_only ["root", "nbdkit"],
         calls::one_read_is_one_send_and_one_receive ["nbdkit", "strace"],
+        calls::its_threads_preempt_no_client ["nbdkit"],
         calls::many_reads_share_their_sends ["nbdkit", "strace", "fio"],
     ];
     let mut trials: Vec<Trial> = Vec::new();
