@@ -61,8 +61,13 @@ pub fn set_vsock_connect_timeout(socket: &impl AsRawFd, limit: Duration) -> io::
 }
 
 /// From now on this thread, when it is woken, waits until whoever runs on its CPU sleeps or has used
-/// up its slice, instead of preempting it (`SCHED_BATCH`). An idle CPU takes it at once.
+/// up its slice, instead of preempting it (`SCHED_BATCH`). An idle CPU takes it at once. Another
+/// policy than the usual one was the user's choice (chrt, a unit's CPUSchedulingPolicy), and stays.
 pub fn preempt_nobody() -> io::Result<()> {
+    // SAFETY: no pointers.
+    if check(unsafe { libc::sched_getscheduler(0) })? != libc::SCHED_OTHER {
+        return Ok(());
+    }
     let param = libc::sched_param { sched_priority: 0 };
     // SAFETY: it reads one struct.
     check(unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const param) }).map(drop)
@@ -361,4 +366,28 @@ pub fn syslog(priority: libc::c_int, message: &str) {
 pub fn exit_now(status: i32) -> ! {
     // SAFETY: `_exit` takes a value and does not return.
     unsafe { libc::_exit(status) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The policy of a thread that had `before` and is to preempt nobody.
+    fn policy_after(before: libc::c_int) -> libc::c_int {
+        let thread = std::thread::spawn(move || {
+            let param = libc::sched_param { sched_priority: 0 };
+            // SAFETY: it reads one struct.
+            check(unsafe { libc::sched_setscheduler(0, before, &raw const param) }).unwrap();
+            preempt_nobody().unwrap();
+            // SAFETY: no pointers.
+            unsafe { libc::sched_getscheduler(0) }
+        });
+        thread.join().unwrap()
+    }
+
+    #[test]
+    fn only_the_usual_policy_changes() {
+        assert_eq!(policy_after(libc::SCHED_OTHER), libc::SCHED_BATCH);
+        assert_eq!(policy_after(libc::SCHED_IDLE), libc::SCHED_IDLE);
+    }
 }
