@@ -194,7 +194,9 @@ impl Session {
                 "this kernel has no write-back cache for FUSE: use --cache writethrough".into()
             );
         }
-        export.set_notifier(Notifier::new(device.try_clone().map_err(fuse)?));
+        // The flag came with it.
+        let coherent = flags(&offer) & init::DIRECT_IO_ALLOW_MMAP != 0;
+        export.set_notifier(Notifier::new(device.try_clone().map_err(fuse)?, coherent));
         send_reply(&device, request.unique, reply.as_bytes()).map_err(fuse)?;
 
         let mut by_ring = false;

@@ -396,7 +396,13 @@ impl<B: Backend> Export<B> {
             self.truncate(lane, 0).await?;
         }
         self.until_size_is_known().await;
-        let direct = flags & libc::O_DIRECT as u32 != 0 || self.policy.cache == Cache::None;
+        let direct = match self.policy.cache {
+            Cache::None => true,
+            // Where the kernel does not write back for such a file, it does so for O_DIRECT on any
+            // other.
+            Cache::Writeback if !self.writes_back_before_direct() => false,
+            Cache::Writethrough | Cache::Writeback => flags & libc::O_DIRECT as u32 != 0,
+        };
         let access = if direct { Access::Direct } else { Access::Cached };
         if writing && self.policy.cache != Cache::None && !self.policy.keep_cache {
             self.open_files.dropped().await;
@@ -416,6 +422,10 @@ impl<B: Backend> Export<B> {
             self.backend.forget();
         }
         Ok(Reply::Opened { handle: opened.handle, flags })
+    }
+
+    fn writes_back_before_direct(&self) -> bool {
+        self.notifier.get().is_none_or(Notifier::writes_back_before_direct)
     }
 
     async fn flush(&self, lane: &B::Lane) -> Result<(), Errno> {

@@ -14,17 +14,25 @@ use crate::pool;
 pub struct Notifier {
     device: Arc<OwnedFd>,
     node: u64,
+    writes_back_before_direct: bool,
 }
 
 impl Notifier {
     /// By a descriptor of the connection; about its root.
-    pub fn new(device: OwnedFd) -> Notifier {
-        Notifier { device: Arc::new(device), node: abi::ROOT_ID }
+    pub fn new(device: OwnedFd, writes_back_before_direct: bool) -> Notifier {
+        Notifier { device: Arc::new(device), node: abi::ROOT_ID, writes_back_before_direct }
     }
 
     /// The same about another node.
     pub fn about(&self, node: u64) -> Notifier {
-        Notifier { device: self.device.clone(), node }
+        Notifier { node, ..self.clone() }
+    }
+
+    /// Whether the kernel writes dirty pages back before it reads or writes a file that was opened
+    /// with `FOPEN_DIRECT_IO`: since Linux 6.6. Before, such a read misses them, and they overwrite
+    /// what such a write has written.
+    pub fn writes_back_before_direct(&self) -> bool {
+        self.writes_back_before_direct
     }
 
     /// Drops what the page cache holds of a range of the file. A length of zero means up to the

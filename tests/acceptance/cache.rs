@@ -43,7 +43,7 @@ pub fn direct_and_cached_clients_see_each_others_writes(case: &Case) {
                 let mut random = Random(flags as u64 + 1);
                 let mut buf = Aligned::new(BLOCK);
                 let mut reads = 0_u64;
-                while !done.load(Ordering::SeqCst) {
+                while reads < 2 || !done.load(Ordering::SeqCst) {
                     let block = random.below(BLOCKS as u64) as usize;
                     let at_least = written[block].load(Ordering::SeqCst);
                     file.read_exact_at(&mut buf, (block * BLOCK) as u64).unwrap();
@@ -62,7 +62,7 @@ pub fn direct_and_cached_clients_see_each_others_writes(case: &Case) {
                 // Every other block is this one's.
                 let first = usize::from(flags != 0);
                 let mut version = 0;
-                while !done.load(Ordering::SeqCst) {
+                while version < 2 || !done.load(Ordering::SeqCst) {
                     version += 1;
                     for block in (first..BLOCKS).step_by(2) {
                         file.write_all_at(&filled(version), (block * BLOCK) as u64).unwrap();
@@ -78,9 +78,7 @@ pub fn direct_and_cached_clients_see_each_others_writes(case: &Case) {
             std::thread::sleep(Duration::from_millis(10));
         }
         done.store(true, Ordering::SeqCst);
-        for count in writers.into_iter().chain(readers).map(|thread| thread.join().unwrap()) {
-            assert!(count > 1, "there was nothing to see");
-        }
+        writers.into_iter().chain(readers).for_each(|thread| _ = thread.join().unwrap());
     });
     export.stop(libc::SIGTERM).assert(0, &[]);
 }
