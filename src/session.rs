@@ -1,21 +1,17 @@
 //! A FUSE session: the INIT exchange, and the threads that serve afterwards.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
-
-use polling::Poller;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 
 use crate::backend::WaitsFor;
 use crate::export::{Cache, Served};
-use crate::fuse::abi::{self, InHeader, InitIn, InitOut, OutHeader, Plain, init, opcode};
+use crate::fuse::abi::init as flag;
+use crate::fuse::abi::{InitIn, Plain};
 use crate::fuse::notify::Notifier;
 use crate::program::cli::Switch;
 use crate::stats::{Serving, Stats, Transport};
@@ -24,32 +20,15 @@ use crate::transport::cpus::Cpus;
 use crate::transport::interrupts::Interrupts;
 use crate::transport::legacy::{ReaderToken, Worker};
 use crate::transport::queues::Queues;
-use crate::transport::slot::PAYLOAD_LEN;
 use crate::transport::uring::{Depths, Progress, RingThread};
+use polling::Poller;
 
-/// The kernel sends INIT as soon as the mount exists; this is for a machine that is very busy.
-const INIT_TIMEOUT: Duration = Duration::from_secs(10);
+mod init;
+
 /// More /dev/fuse workers than this only get in each other's way at the one queue.
 const MOST_WORKERS: usize = 8;
 /// Requests in flight for each worker, unless the user says otherwise.
 const WORKER_DEPTH: usize = 128;
-/// What INIT asks for; the kernel grants what it has of these.
-const WANTED: u64 = init::ASYNC_READ
-    | init::BIG_WRITES
-    | init::ASYNC_DIO
-    | init::PARALLEL_DIROPS
-    | init::ABORT_ERROR
-    | init::MAX_PAGES
-    // The mode never has set-user-ID bits, so there is nothing to clear on a write.
-    | init::HANDLE_KILLPRIV_V2
-    | init::INIT_EXT
-    | init::DIRECT_IO_ALLOW_MMAP;
-
-/// Requests of the page cache in flight, each of 1 MiB at most, beyond which the kernel does not
-/// read ahead: two windows of [`Options::read_ahead`] for several readers at once, and 32 MiB of
-/// ours.
-const READ_AHEAD_REQUESTS: u16 = 32;
-
 /// Entries of all ring queues together, unless the user says otherwise. Each maps 1 MiB, of which
 /// pages become resident when they are used.
 const RING_REQUESTS: usize = 1024;
@@ -148,7 +127,7 @@ impl Session {
         ended: &Arc<Poller>,
     ) -> Result<Session, String> {
         let fuse = |e: io::Error| format!("/dev/fuse: {e}");
-        let (request, offer) = read_init(&device).map_err(fuse)?;
+        let (request, offer) = init::read(&device).map_err(fuse)?;
         let connection_end =
             ConnectionEnd { has_come: AtomicBool::new(false), poller: ended.clone() };
         let mut session = Session {
@@ -176,28 +155,28 @@ impl Session {
         let (ring_requests, ring_depth) =
             rings.as_ref().map_or((0, 0), |rings| (rings.in_flight, rings.depth));
         let in_flight = ring_requests.max(worker_depth * worker_count());
-        let mut wanted = WANTED;
+        let mut wanted = init::WANTED;
         if rings.is_some() {
-            wanted |= init::OVER_IO_URING;
+            wanted |= flag::OVER_IO_URING;
         }
         // An open with O_TRUNC then makes the kernel believe in a size of 0, whatever the answer to
         // it.
         if export.growable() {
-            wanted |= init::ATOMIC_O_TRUNC;
+            wanted |= flag::ATOMIC_O_TRUNC;
         }
         if export.cache() == Cache::Writeback {
-            wanted |= init::WRITEBACK_CACHE;
+            wanted |= flag::WRITEBACK_CACHE;
         }
-        let reply = init_reply(&offer, in_flight, wanted, options.read_ahead);
-        if wanted & !flags(&offer) & init::WRITEBACK_CACHE != 0 {
+        let reply = init::reply(&offer, in_flight, wanted, options.read_ahead);
+        if wanted & !init::flags(&offer) & flag::WRITEBACK_CACHE != 0 {
             return Err(
                 "this kernel has no write-back cache for FUSE: use --cache writethrough".into()
             );
         }
         // The flag came with it.
-        let coherent = flags(&offer) & init::DIRECT_IO_ALLOW_MMAP != 0;
+        let coherent = init::flags(&offer) & flag::DIRECT_IO_ALLOW_MMAP != 0;
         export.set_notifier(Notifier::new(device.try_clone().map_err(fuse)?, coherent));
-        send_reply(&device, request.unique, reply.as_bytes()).map_err(fuse)?;
+        init::send(&device, request.unique, reply.as_bytes()).map_err(fuse)?;
 
         let mut by_ring = false;
         if let Some(rings) = rings {
@@ -241,7 +220,7 @@ impl Session {
         stats: &Stats,
         ended: &Arc<Poller>,
     ) -> Result<Rings, String> {
-        if flags(offer) & init::OVER_IO_URING == 0 {
+        if init::flags(offer) & flag::OVER_IO_URING == 0 {
             return Err(not_offered());
         }
         let cpus = options.cpus.as_ref()?;
@@ -378,7 +357,7 @@ const PARAMETER: &str = "/sys/module/fuse/parameters/enable_uring";
 /// Whether the kernel has FUSE over io_uring, be it switched off. Where it has none there is no
 /// choice to warn about.
 fn has_over_io_uring(offer: &InitIn) -> bool {
-    flags(offer) & init::OVER_IO_URING != 0 || Path::new(PARAMETER).exists()
+    init::flags(offer) & flag::OVER_IO_URING != 0 || Path::new(PARAMETER).exists()
 }
 
 /// Why the kernel did not offer io_uring, and the cure.
@@ -446,104 +425,9 @@ fn worker_devices(first: OwnedFd, workers: usize) -> Vec<OwnedFd> {
     devices
 }
 
-/// Waits for INIT, and settles the major version.
-fn read_init(device: &OwnedFd) -> io::Result<(InHeader, InitIn)> {
-    let deadline = Instant::now() + INIT_TIMEOUT;
-    let mut buf = vec![0; PAYLOAD_LEN + 4096];
-    loop {
-        let len = match rustix::io::read(device, &mut buf[..]) {
-            Ok(len) => len,
-            Err(Errno::AGAIN) => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() || !wait_readable(device, left)? {
-                    return Err(io::Error::other("the kernel sent no FUSE_INIT"));
-                }
-                continue;
-            }
-            Err(Errno::INTR) => continue,
-            Err(e) => return Err(e.into()),
-        };
-        let header = InHeader::read(&buf[..len]);
-        let offer = InitIn::read(&buf[size_of::<InHeader>().min(len)..len]);
-        if header.opcode != opcode::INIT {
-            return Err(io::Error::other(format!("FUSE_INIT expected, not {}", header.opcode)));
-        }
-        if offer.major > abi::KERNEL_VERSION {
-            // The kernel tries again with the version it is told.
-            let ours = InitOut { major: abi::KERNEL_VERSION, ..Default::default() };
-            send_reply(device, header.unique, ours.as_bytes())?;
-            continue;
-        }
-        if offer.major < abi::KERNEL_VERSION || offer.minor < abi::OLDEST_MINOR_VERSION {
-            return Err(io::Error::other(format!(
-                "the kernel's FUSE {}.{} is too old: 7.{} (Linux 5.4) is the least",
-                offer.major,
-                offer.minor,
-                abi::OLDEST_MINOR_VERSION
-            )));
-        }
-        return Ok((header, offer));
-    }
-}
-
-/// Waits until `device` polls readable (or an error), for so long at most; whether it does.
-fn wait_readable(device: &OwnedFd, timeout: Duration) -> io::Result<bool> {
-    let timeout = Timespec::try_from(timeout).unwrap_or_default();
-    match poll(&mut [PollFd::new(device, PollFlags::IN)], Some(&timeout)) {
-        Ok(ready) => Ok(ready > 0),
-        Err(Errno::INTR) => Ok(true),
-        Err(e) => Err(e.into()),
-    }
-}
-
-/// The flags that the kernel offers.
-fn flags(offer: &InitIn) -> u64 {
-    u64::from(offer.flags) | u64::from(offer.flags2) << 32
-}
-
-/// What is asked of the kernel, given its offer, how many requests can be in flight, what is wanted
-/// of it, and how far it may read ahead, in bytes.
-fn init_reply(offer: &InitIn, in_flight: usize, wanted: u64, read_ahead: u64) -> InitOut {
-    let granted = wanted & flags(offer);
-    // Asynchronous direct I/O counts as background, and the kernel's default of 12 would throttle
-    // it.
-    let max_background = in_flight.min(usize::from(u16::MAX)) as u16;
-    InitOut {
-        major: abi::KERNEL_VERSION,
-        minor: abi::KERNEL_MINOR_VERSION,
-        // The kernel takes the smaller of this and its own.
-        max_readahead: u32::try_from(read_ahead).unwrap_or(u32::MAX),
-        flags: granted as u32,
-        flags2: (granted >> 32) as u32,
-        max_background,
-        // With so many under way it reads no further ahead, and writes nothing back that nobody
-        // waits for. Direct I/O, which counts as background too, goes on.
-        congestion_threshold: max_background.clamp(1, READ_AHEAD_REQUESTS),
-        max_write: PAYLOAD_LEN as u32,
-        time_gran: 1,
-        max_pages: (PAYLOAD_LEN / 4096) as u16,
-        ..Default::default()
-    }
-}
-
-fn send_reply(device: &OwnedFd, unique: u64, body: &[u8]) -> io::Result<()> {
-    let len = (size_of::<OutHeader>() + body.len()) as u32;
-    let header = OutHeader { len, error: 0, unique };
-    let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(body)];
-    Ok(rustix::io::writev(device, &parts).map(drop)?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn asks_only_for_what_is_offered() {
-        let offer = InitIn { flags: init::ASYNC_DIO as u32, ..Default::default() };
-        let reply = init_reply(&offer, 256, WANTED, 0);
-        assert_eq!((reply.flags, reply.flags2), (init::ASYNC_DIO as u32, 0));
-        assert_eq!((reply.max_background, reply.congestion_threshold), (256, READ_AHEAD_REQUESTS));
-    }
 
     #[test]
     fn queues_share_what_may_be_in_flight() {
@@ -553,15 +437,5 @@ mod tests {
         let wished = share_entries(Some(2), WaitsFor::Memory, 4);
         assert_eq!(wished, (Depths { first: 2, most: 2 }, 1024));
         assert_eq!(share_entries(Some(1000), WaitsFor::Server, 4).1, 4000);
-    }
-
-    #[test]
-    fn flags_beyond_bit_31_travel_in_flags2() {
-        let offer = InitIn { flags: u32::MAX, flags2: u32::MAX, ..Default::default() };
-        let reply = init_reply(&offer, 1_000_000, WANTED | init::OVER_IO_URING, 1 << 40);
-        assert_eq!(reply.max_readahead, u32::MAX);
-        assert_ne!(reply.flags2 & (init::DIRECT_IO_ALLOW_MMAP >> 32) as u32, 0);
-        assert_ne!(reply.flags2 & (init::OVER_IO_URING >> 32) as u32, 0);
-        assert_eq!(reply.max_background, u16::MAX);
     }
 }

@@ -30,19 +30,26 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use event_listener::Event;
+use smol::Timer;
 use smol::future::{or, yield_now};
 use smol::lock::Semaphore;
-use smol::{Task, Timer};
 use socket2::Socket;
 
+use self::load::{Load, Speed};
 use super::abandoned::Abandoned;
 use super::dial::{Agreed, Opened};
-use super::inflight::{self, Ask, Cookie, Extent, Failure, MAX_IN_FLIGHT, Payload, Request, Table};
+use super::inflight::{Ask, Cookie, Extent, Failure, MAX_IN_FLIGHT, Payload, Request, Table};
 use super::replies::Replies;
 use super::requests::Requests;
 use super::stream::{Stream, SystemCalls};
 use super::wire::{Command, Headers, RequestHeader};
 use crate::io::{Io, Watched};
+
+mod driver;
+mod load;
+
+pub use self::driver::Driver;
+pub use self::load::BUSY;
 
 /// After so many receives in a row the other tasks of the thread have a turn.
 const RECEIVES_IN_A_ROW: usize = 16;
@@ -177,7 +184,7 @@ impl Connection {
         self.has_answered.load(Ordering::Relaxed)
     }
 
-    /// How much is in flight, by [`inflight::weight`].
+    /// How much is in flight, by [`super::inflight::weight`].
     pub fn load(&self) -> usize {
         self.load.load(Ordering::Relaxed)
     }
@@ -479,93 +486,5 @@ impl Connection {
         });
         self.end();
         let _ = self.socket.shutdown(std::net::Shutdown::Write);
-    }
-}
-
-/// A connection with so much in flight, by [`inflight::weight`], has enough to do: most servers
-/// work on 16 requests of a connection at a time.
-pub const BUSY: usize = 16;
-/// A server that takes longer for a unit of work, on a connection that is busy, is slow. A thread
-/// of ours can do with one in 15 µs: 4 GiB/s, or 65 thousand requests a second.
-const SLOW: Duration = Duration::from_micros(40);
-/// Over so much work the time is taken: a few times of what one receive brings.
-const SAMPLE: usize = 256;
-/// So many samples in a row count: one may just have met a pause of this machine.
-const SAMPLES: u32 = 4;
-
-/// How fast a server answers while a connection is busy.
-#[derive(Debug, Default)]
-struct Speed {
-    since: Option<Instant>,
-    answered: usize,
-    slow_in_a_row: u32,
-}
-
-impl Speed {
-    /// So much was `answered` of `load`. Tells from time to time whether it is slow.
-    fn answered(&mut self, load: usize, answered: usize) -> Option<bool> {
-        if load < BUSY {
-            self.since = None;
-            return None;
-        }
-        let Some(since) = self.since else {
-            (self.since, self.answered) = (Some(Instant::now()), 0);
-            return None;
-        };
-        self.answered += answered;
-        if self.answered < SAMPLE {
-            return None;
-        }
-        let now = Instant::now();
-        self.since = Some(now);
-        let work = std::mem::take(&mut self.answered);
-        let is_slow = now - since > SLOW * work as u32;
-        self.slow_in_a_row = if is_slow { self.slow_in_a_row + 1 } else { 0 };
-        Some(self.slow_in_a_row >= SAMPLES)
-    }
-}
-
-/// A request's part of [`Connection::load`], until it is dropped.
-struct Load<'a>(&'a AtomicUsize, usize);
-
-impl<'a> Load<'a> {
-    fn add(load: &'a AtomicUsize, ask: &Ask<'_>) -> Load<'a> {
-        let weight = inflight::weight(ask.command, ask.length);
-        load.fetch_add(weight, Ordering::Relaxed);
-        Load(load, weight)
-    }
-}
-
-impl Drop for Load<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(self.1, Ordering::Relaxed);
-    }
-}
-
-/// An offer to drive a connection: it does so while no earlier one does, and stops when it is
-/// dropped.
-pub struct Driver {
-    connection: Arc<Connection>,
-    number: u64,
-    /// Not polled again once this is dropped.
-    _task: Task<()>,
-    /// The task finds it alive as long as it is polled.
-    _io: Rc<Io>,
-}
-
-impl Driver {
-    /// Whether the connection was lost.
-    pub fn is_over(&self) -> bool {
-        self.connection.is_lost()
-    }
-}
-
-impl Drop for Driver {
-    fn drop(&mut self) {
-        // The executor may drop the task much later, or never: another may drive from here on.
-        let driving = &self.connection.driving;
-        if driving.compare_exchange(self.number, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
-            self.connection.driver_left.notify(1);
-        }
     }
 }

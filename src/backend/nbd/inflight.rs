@@ -32,29 +32,27 @@
 
 #![allow(unsafe_code)]
 
-use std::future::Future;
 use std::io;
-use std::marker::PhantomData;
-use std::pin::Pin;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use smol::lock::SemaphoreGuard;
-
 use self::state::{State, Step};
 use super::abandoned::{Abandoned, AbandonedWrite};
-use super::connection::Connection;
 use super::coverage::Coverage;
-use super::wire::{self, Command, Violation};
+use super::wire::{Command, Violation};
 
+mod answers;
+mod request;
 mod state;
+
+pub use self::request::Request;
 
 /// How many requests a connection has in flight at most: more than a FUSE queue has entries, and
 /// few enough for one `sendmsg` (`IOV_MAX` is 1024, and each takes two parts).
 pub const MAX_IN_FLIGHT: usize = 256;
 
-/// Why a connection ends whose server answers [`wire::SHUTTING_DOWN`].
+/// Why a connection ends whose server answers [`super::wire::SHUTTING_DOWN`].
 pub const SHUTTING_DOWN: &str = "the server is shutting down";
 
 /// A READ from this size on is received straight into its buffer; below, several replies share one
@@ -372,133 +370,6 @@ impl Table {
     }
 }
 
-/// For the receiving half, [`super::replies`]. An error ends the connection: see the module's text.
-impl Table {
-    /// Whether a large payload may come next, so that little should be read ahead of it.
-    pub fn awaits_direct_read(&self) -> bool {
-        self.direct_reads > 0
-    }
-
-    /// Whether `cookie` awaits data.
-    pub fn is_read(&mut self, cookie: Cookie) -> Result<bool, Violation> {
-        Ok(self.awaiting(cookie)?.command == Command::Read)
-    }
-
-    /// The offset and the length that were asked for, in bytes.
-    pub fn range(&mut self, cookie: Cookie) -> Result<(u64, u64), Violation> {
-        let entry = self.awaiting(cookie)?;
-        Ok((entry.offset, entry.length))
-    }
-
-    /// Data for `offset..offset + length` of the export arrives next. `None`: it must be drained,
-    /// and the read will fail. Otherwise its place in the buffer.
-    ///
-    /// More than was asked for is not waited for: every answer behind it would have to wait too,
-    /// and a chunk may claim up to 2⁶⁴ bytes.
-    pub fn begin_data(
-        &mut self,
-        cookie: Cookie,
-        offset: u64,
-        length: u64,
-    ) -> Result<Option<u64>, Violation> {
-        let entry = self.awaiting(cookie)?;
-        if entry.command != Command::Read {
-            return Err("data arrives for a request that is no READ".into());
-        }
-        if length > entry.length {
-            let asked = entry.length;
-            return Err(format!("a chunk claims {length} bytes of a READ of {asked}").into());
-        }
-        let at = offset.checked_sub(entry.offset);
-        let end = at.and_then(|at| at.checked_add(length)).filter(|end| *end <= entry.length);
-        match (at, end) {
-            (Some(at), Some(end)) if entry.coverage.add(at..end) => Ok(Some(at)),
-            (Some(_), Some(_)) => {
-                entry.fault("tells the same bytes twice");
-                Ok(None)
-            }
-            _ => {
-                entry.fault("lies outside of it");
-                Ok(None)
-            }
-        }
-    }
-
-    /// The caller's buffer from `at` on; `None` if the caller has gone.
-    pub fn destination(&mut self, cookie: Cookie, at: u64, length: u64) -> Option<&mut [u8]> {
-        let Buffer::Fill(lent) = &mut self.entry(cookie)?.buffer else { return None };
-        // SAFETY: what is to be filled was made by `to_fill`.
-        let buf = unsafe { lent.as_mut_slice() };
-        buf.get_mut(at as usize..)?.get_mut(..length as usize)
-    }
-
-    /// As [`Table::begin_data`], for zeroes that are not on the wire.
-    pub fn hole(&mut self, cookie: Cookie, offset: u64, length: u64) -> Result<(), Violation> {
-        if length == 0 {
-            return Err("a hole has no length".into());
-        }
-        if let Some(at) = self.begin_data(cookie, offset, length)?
-            && let Some(buf) = self.destination(cookie, at, length)
-        {
-            buf.fill(0);
-        }
-        Ok(())
-    }
-
-    /// An extent of a BLOCK_STATUS, in order.
-    pub fn extent(&mut self, cookie: Cookie, extent: Extent) -> Result<(), Violation> {
-        let entry = self.awaiting(cookie)?;
-        if entry.command != Command::BlockStatus {
-            return Err("extents arrive for a request that is no BLOCK_STATUS".into());
-        }
-        if extent.length == 0 {
-            entry.fault("has an extent without length");
-            return Ok(());
-        }
-        let full = entry.extents.len() == MAX_EXTENTS;
-        match entry.extents.last_mut() {
-            // Not even a longer last extent: others may have been left out before.
-            Some(_) if full => {}
-            Some(last) if last.zero == extent.zero => {
-                last.length = last.length.saturating_add(extent.length);
-            }
-            _ => entry.extents.push(extent),
-        }
-        Ok(())
-    }
-
-    /// The server reports an error; the reply may go on. One that is about to end has not done what
-    /// was asked, and waits for its clients to leave: the connection is of no more use.
-    pub fn error(&mut self, cookie: Cookie, error: u32) -> Result<(), Violation> {
-        let entry = self.awaiting(cookie)?;
-        if error == wire::SHUTTING_DOWN {
-            return Err(SHUTTING_DOWN.into());
-        }
-        entry.fail(wire::errno(error));
-        Ok(())
-    }
-
-    /// The reply is complete: checks that it was, and wakes the caller.
-    pub fn complete(&mut self, cookie: Cookie, wakers: &mut Vec<Waker>) -> Result<(), Violation> {
-        let entry = self.awaiting(cookie)?;
-        if entry.failure.is_none() {
-            if let Buffer::Send(_) | Buffer::SendCopy(_) = entry.buffer {
-                entry.fault("comes before all of its data was sent");
-            } else if entry.command == Command::Read && !entry.coverage.is_full(entry.length) {
-                entry.fault("leaves bytes out");
-            } else if entry.command == Command::BlockStatus && entry.extents.is_empty() {
-                entry.fault("has no extents");
-            }
-        }
-        wakers.extend(entry.waker.take());
-        let (work, direct) = (weight(entry.command, entry.length), is_direct(entry));
-        self.answered += work;
-        self.direct_reads -= usize::from(direct);
-        self.step(cookie, Step::Replied);
-        Ok(())
-    }
-}
-
 /// For the connection: what it counts, and its end.
 impl Table {
     /// How many slots became free since the last call: so many permits go back.
@@ -550,69 +421,6 @@ pub fn weight(command: Command, length: u64) -> usize {
 
 fn is_direct(entry: &Entry) -> bool {
     entry.command == Command::Read && entry.length >= DIRECT_BYTES
-}
-
-/// A request in flight: yields the answer. May be dropped; see the module's text.
-pub struct Request<'a> {
-    connection: &'a Connection,
-    /// Empty once the answer was taken.
-    cookie: Option<Cookie>,
-    lent: PhantomData<&'a mut [u8]>,
-}
-
-impl<'a> Request<'a> {
-    /// Puts `ask` in flight and into the send queue. `permit` stands for the slot that it takes,
-    /// and goes back when the slot becomes free.
-    ///
-    /// # Safety
-    /// The request is not leaked while `'a` ends.
-    pub(super) unsafe fn begin(
-        connection: &'a Connection,
-        permit: SemaphoreGuard<'_>,
-        ask: Ask<'a>,
-    ) -> Result<Request<'a>, Failure> {
-        let Ask { command, flags, offset, length, .. } = ask;
-        let cookie = connection.with(|state| {
-            // It is lost under the same lock.
-            if connection.is_lost() {
-                return Err(Failure::Lost);
-            }
-            // SAFETY: `'a` borrows the buffer for as long as the `Request` lives, which is not
-            // leaked, and its `Drop` lets go.
-            let cookie = unsafe { state.table.insert(ask) };
-            permit.forget();
-            state.enqueue(command, flags, cookie, offset, length);
-            Ok(cookie)
-        })?;
-        Ok(Request { connection, cookie: Some(cookie), lent: PhantomData })
-    }
-}
-
-impl Future for Request<'_> {
-    type Output = Result<Vec<Extent>, Failure>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let cookie = self.cookie.expect("polled after completion");
-        let answer = self.connection.with(|state| {
-            let answer = state.table.answer(cookie, cx);
-            if answer.is_ready() {
-                state.table.let_go(cookie);
-            }
-            answer
-        });
-        if answer.is_ready() {
-            self.cookie = None;
-        }
-        answer
-    }
-}
-
-impl Drop for Request<'_> {
-    fn drop(&mut self) {
-        if let Some(cookie) = self.cookie {
-            self.connection.with(|state| state.table.let_go(cookie));
-        }
-    }
 }
 
 #[cfg(test)]

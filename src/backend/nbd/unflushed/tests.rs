@@ -1,3 +1,4 @@
+use super::store::BYTES_OF_AN_EXTENT;
 use super::*;
 use crate::backend::nbd::tests::Random;
 
