@@ -66,7 +66,7 @@ impl Pace {
             State::Working { since } => {
                 self.credit = (self.credit + (now - since) / SHARE).min(MOST_CREDIT);
                 let poll = (self.gap * 2).clamp(SHORTEST_POLL, WAKE_UP);
-                if self.may_poll && self.gap <= WAKE_UP && poll <= self.credit {
+                if !self.sleeps_at_once() && poll <= self.credit {
                     State::Polling { since: now, until: now + poll }
                 } else {
                     State::Sleeping { since: now }
@@ -79,6 +79,12 @@ impl Pace {
             sleeping => sleeping,
         };
         matches!(self.state, State::Polling { .. })
+    }
+
+    /// Whether [`Pace::polls_at`] would say no at once: whatever is to be told to the kernel can go
+    /// with the system call that begins the sleep.
+    pub fn sleeps_at_once(&self) -> bool {
+        !self.may_poll || self.gap > WAKE_UP
     }
 
     /// A request is there `now`.

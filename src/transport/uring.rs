@@ -306,9 +306,13 @@ impl<S: Served> Loop<S> {
         }
     }
 
-    /// What was pushed goes out; often the next requests are there already.
+    /// What was pushed goes out; often the next requests are there already. Where they come late it
+    /// goes out with the enter that sleeps.
     fn submit(&self) -> io::Result<()> {
-        if self.ring.has_unsubmitted() || self.ring.has_work() {
+        let has_work = self.ring.has_work();
+        let sleeps = self.pace.sleeps_at_once()
+            && !(has_work || self.ring.has_completions() || self.doorbell.is_rung());
+        if (self.ring.has_unsubmitted() && !sleeps) || has_work {
             self.ring.enter(false)?;
         }
         Ok(())
@@ -343,8 +347,12 @@ impl<S: Served> Loop<S> {
 
     /// Nothing is there: looks again, or sleeps until there is a completion or the doorbell rings.
     fn idle(&mut self) -> io::Result<()> {
-        if self.pace.polls_at(Instant::now()) || !self.doorbell.may_sleep() {
+        if self.pace.polls_at(Instant::now()) {
             return Ok(());
+        }
+        if !self.doorbell.may_sleep() {
+            // Somebody rings just now, perhaps again and again.
+            return self.ring.enter(false);
         }
         self.stats.sleeps.add(1);
         self.queues.set_sleeps(self.here, true);
