@@ -25,14 +25,14 @@
 //!
 //! | to change | look at |
 //! |---|---|
-//! | an option | [`program::cli`]: its `args`, and `values` for the bounds; man/diskfuse.1 |
-//! | `-o`, and what fstab may say | its `mount_options` |
+//! | an option, by `-o` too | [`program::cli`]: its `args`; `values` for bounds; man/diskfuse.1 |
+//! | what only `-o` and fstab may say | `mount_options` of [`program::cli`] |
 //! | what an export goes through from start to end | [`program::run`] |
-//! | what ends it: signals, umount, the command of `--run` | its `supervise` and `stop` |
+//! | ... what ends it: signals, umount, the command of `--run` | its `supervise` and `stop` |
 //! | the exit status | [`program::failure`]; --help: `error_code` in `args` of [`program::cli`] |
 //! | an error's words | where it is found: [`mount::mountpoint`]; the modules of [`backend`] |
 //! | `--info` and `--list`; `--mounts` | [`program::look`], [`program::info`]; [`program::mounts`] |
-//! | `--top` | [`program::top`]: its `figures`, `drawing` and `terminal` |
+//! | `--top`: what it picks from the JSON | [`program::top`]: its `figures`, `drawing` and `terminal` |
 //! | `--help`; what a word may have been meant as | [`program::help`]; [`program::hints`] |
 //! | signals; the background and the pidfile | [`program::signals`]; [`program::daemon`] |
 //! | what is logged where; what lasts, on a terminal | [`program::logging`]; [`program::progress`] |
@@ -40,34 +40,35 @@
 //! | a server of our own, `[ COMMAND ]` | [`program::server`]; its words: `server` of [`program::cli`] |
 //! | mounting, unmounting, what is found at the mountpoint | [`mount`] |
 //! | what an operation of FUSE means, the cache modes | [`export`] |
-//! | the size, truncation; mode, owner, times | its `size`; `attributes` |
+//! | ... the size, truncation; mode, owner, times | its `size`; `attributes` |
 //! | errors that an fsync has to tell | [`export::open_files`] |
 //! | a directory of exports (`--all`) | [`directory`]; [`export::Served`] is what it shares with one disk |
 //! | counters of requests | [`stats`] |
-//! | counters of a server | [`backend::RemoteStats`]; `add_stats` in [`backend::nbd`] fills it |
+//! | counters of a server | [`backend::RemoteStats`]; each `add_stats` in [`backend::nbd`] fills it |
 //! | how both are told | as JSON: [`export::report`]; as an xattr: `attributes` of [`export`] |
 //! | the FUSE protocol, a new operation | [`fuse`], then [`export`] |
-//! | a mode or a flag of an operation that is there | [`export`] only, then [`backend::Lane`] |
-//! | what is negotiated with the kernel, how many threads there are | [`session`] |
+//! | a mode or a flag of an operation that is there | [`export`], then [`backend::Lane`] and who has it |
+//! | what is negotiated with the kernel; how many threads there are | its `init`; [`session`] |
+//! | how many requests a queue may have | [`session`]; how that grows: [`transport::uring`] |
 //! | whether a thread polls | [`transport::pace`], made in `legacy` and `uring` |
 //! | which thread serves a request | [`transport::queues`] |
 //! | the two ways of requests | [`transport::legacy`], [`transport::uring`] |
 //! | a request's memory | [`transport::slot`], [`transport::entries`] |
 //! | interrupted clients | [`transport::interrupts`] |
 //! | another kind of source | [`backend`], whose two traits it implements |
-//! | ... on the command line | `Source` in [`program::cli`]; the compiler tells who matches on it |
+//! | ... on the command line | `Source` in [`program::cli`], and `parse_source` in its `values` |
 //! | how far is read ahead | unless the user says: `values` of [`program::cli`] |
 //! | ... by the kernel (root) or by us (others) | `start` in [`program::run`] |
-//! | images and block devices; a part of a disk | [`backend::file`]; [`backend::part`] |
+//! | ... by us: how it grows; what all readers may take | `ahead::table`, `ahead` of [`backend::nbd`] |
+//! | images and block devices; a part of a disk | [`backend::file`], its `lane`; [`backend::part`] |
 //! | partition tables | [`partitions`] |
 //! | the NBD client: its picture is in | [`backend::nbd`] |
-//! | NBD: a URI's keys | [`backend::nbd::uri`]; about TLS: by `dial` (`Dialer::new`) to `tls` |
+//! | NBD: a URI's keys | [`backend::nbd::uri`]; for TLS: `Dialer::new` in `dial` hands them to `tls` |
 //! | NBD: connecting, TLS, the handshake | its `dial`, `connect`, `tls`, `handshake` |
-//! | NBD: a command | its `wire`, `inflight`, `commands`, and `blocks` for alignment |
+//! | NBD: a command | its `wire`, `commands`, `blocks` (alignment); `NbdLane` in its `mod` |
 //! | NBD: lost connections | its `connections::returns` |
 //! | ... how often it is tried again | its `connections::backoff`; at the start `dial` |
 //! | NBD: what is written again | its `unflushed` |
-//! | NBD: reading ahead; how it grows | its `ahead`; `ahead::table` |
 //! | NBD: holes | its `holes`, `extents` |
 //!
 //! Modules that may use `unsafe`, and for what:

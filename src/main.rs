@@ -11,11 +11,6 @@ use diskfuse::program::daemon::{self, Process};
 use diskfuse::program::failure::Failure;
 use diskfuse::program::{ask, logging, look, mount_helper, mounts, own_folder, run, server, top};
 
-/// Exit status for a command line that makes no sense.
-const USAGE: u8 = 2;
-/// For a mount that cannot be changed.
-const MOUNT: u8 = 4;
-
 fn main() -> ExitCode {
     let called = errands::run_if_called()
         .or_else(own_folder::run_if_called)
@@ -26,40 +21,39 @@ fn main() -> ExitCode {
     }
     let mut words = std::env::args_os();
     let as_helper = words.next().is_some_and(|name| mount_helper::is_called(&name));
-    let status = match (act(words, as_helper), as_helper) {
-        (USAGE, true) => mount_helper::USAGE,
-        (1.., true) => mount_helper::FAILURE,
-        (status, _) => status,
+    let done = act(words, as_helper);
+    if let Err(failure) = &done {
+        logging::say(log::Level::Error, &failure.to_string());
+    }
+    let status = match (done, as_helper) {
+        (Err(Failure::Usage(_)), true) => mount_helper::USAGE,
+        (Err(_) | Ok(1..), true) => mount_helper::FAILURE,
+        (Err(failure), false) => failure.status(),
+        (Ok(status), _) => status,
     };
     logging::finish();
     ExitCode::from(status)
 }
 
-fn act(words: impl Iterator<Item = OsString>, as_helper: bool) -> u8 {
+/// The exit status; the program's own is that of the command of `--run`, say.
+fn act(words: impl Iterator<Item = OsString>, as_helper: bool) -> Result<u8, Failure> {
     let command = understand(words, as_helper);
     logging::start();
-    match command {
-        Ok(Command::Print(text)) => print(&text),
-        Ok(Command::Info { source, words, json, remote }) => {
-            answer(look::info(&source, &words, json, &remote))
+    match command.map_err(Failure::Usage)? {
+        Command::Print(text) => print(&text),
+        Command::Info { source, words, json, remote } => {
+            print(&look::info(&source, &words, json, &remote)?)
         }
-        Ok(Command::List { uri, json, remote }) => answer(look::list(&uri, json, &remote)),
-        Ok(Command::Mounts { json }) => match mounts::list(json) {
-            Ok(text) => print(&text),
-            Err(e) => fail(&format!("the mounts cannot be listed: {e}"), 1),
-        },
-        Ok(Command::Top { files, json }) => match top::run(&files, json) {
-            Ok(()) => 0,
-            Err(failure) => fail(&failure.to_string(), failure.status()),
-        },
-        Ok(Command::Remount { mountpoint, read_only }) => {
-            match mount::remount(&mountpoint, read_only) {
-                Ok(()) => 0,
-                Err(e) => fail(&e.to_string(), MOUNT),
-            }
+        Command::List { uri, json, remote } => print(&look::list(&uri, json, &remote)?),
+        Command::Mounts { json } => {
+            let text = mounts::list(json);
+            print(&text.map_err(|e| Failure::Serving(format!("the mounts cannot be listed: {e}")))?)
         }
-        Ok(Command::Serve(config)) => serve(&config),
-        Err(why) => fail(&why, USAGE),
+        Command::Top { files, json } => top::run(&files, json).map(|()| 0),
+        Command::Remount { mountpoint, read_only } => mount::remount(&mountpoint, read_only)
+            .map(|()| 0)
+            .map_err(|e| Failure::Mount(e.to_string())),
+        Command::Serve(config) => serve(&config),
     }
 }
 
@@ -93,29 +87,18 @@ fn understand(words: impl Iterator<Item = OsString>, as_helper: bool) -> Result<
     }
 }
 
-fn answer(result: Result<String, Failure>) -> u8 {
-    match result {
-        Ok(text) => print(&text),
-        Err(failure) => fail(&failure.to_string(), failure.status()),
-    }
-}
-
 #[allow(unsafe_code)]
-fn serve(config: &Config) -> u8 {
+fn serve(config: &Config) -> Result<u8, Failure> {
     if let Some(why) = pidfile_is_taken(config) {
-        return fail(&why, 1);
+        return Err(Failure::Serving(why));
     }
     // SAFETY: no thread was started yet, and what was opened is closed again.
     let split = || unsafe { daemon::split(config.paths()) };
-    let background = match config.daemonize.then(split).transpose() {
-        Ok(None) => None,
-        Ok(Some(Process::Background(background))) => Some(background),
-        Ok(Some(Process::Foreground(status))) => return status,
-        Err(e) => return fail(&format!("no second process: {e}"), 1),
-    };
-    match run::run(config, background) {
-        Ok(status) => status,
-        Err(failure) => fail(&failure.to_string(), failure.status()),
+    let split = config.daemonize.then(split).transpose();
+    match split.map_err(|e| Failure::Serving(format!("no second process: {e}")))? {
+        None => run::run(config, None),
+        Some(Process::Background(background)) => run::run(config, Some(background)),
+        Some(Process::Foreground(status)) => Ok(status),
     }
 }
 
@@ -134,16 +117,13 @@ fn pidfile_is_taken(config: &Config) -> Option<String> {
     Some(format!("{pidfile}: is not a pidfile but {what}: choose a path where nothing is"))
 }
 
-fn fail(why: &str, status: u8) -> u8 {
-    logging::say(log::Level::Error, why);
-    status
-}
-
-fn print(text: &str) -> u8 {
+fn print(text: &str) -> Result<u8, Failure> {
     let mut out = std::io::stdout();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         // Who closes the pipe early does not want the rest.
-        Err(e) if e.kind() != ErrorKind::BrokenPipe => fail(&format!("standard output: {e}"), 1),
-        _ => 0,
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => {
+            Err(Failure::Serving(format!("standard output: {e}")))
+        }
+        _ => Ok(0),
     }
 }
