@@ -45,6 +45,14 @@ enum Engine {
 /// Room in a private ring between two submits, in entries.
 const PRIVATE_ENTRIES: u32 = 128;
 
+/// async-io starts a thread of its own when it is used first, and panics where there can be none.
+/// That is found out here, before anything uses it.
+pub fn start_reactor() -> io::Result<()> {
+    std::thread::Builder::new().spawn(|| ())?.join().expect("it does nothing");
+    async_io::block_on(async {});
+    Ok(())
+}
+
 impl Io {
     /// For a thread that sleeps in `ring`, and whose loop submits to and reaps it; without one, for
     /// a thread that sleeps in async-io's reactor, and calls [`Io::submit`] before it does.

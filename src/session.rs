@@ -82,6 +82,8 @@ pub struct Session {
     threads: Vec<JoinHandle<()>>,
     /// Threads whose end has not been taken note of.
     running: usize,
+    /// One of them has failed.
+    failed: bool,
     ends: (mpsc::Sender<End>, mpsc::Receiver<End>),
     connection_end: Arc<ConnectionEnd>,
     interrupts: Interrupts,
@@ -109,16 +111,17 @@ impl Session {
     ///      │ <── INIT ─────────────────────────────────────────────────┤
     ///      ├── spawn ───────────────────> │                            │
     ///      │ <── Ready or NoRing ─────────┤ have a ring and memory     │
+    ///      ├── spawn /dev/fuse's workers: one beside rings             │
     ///      ├── INIT's reply ─────────────────────────────────────────> │
     ///      ├── proceed ─────────────────> │                            │
     ///      │                              ├── register all entries ──> │
-    ///      │ <── Registered or Refused ───┤ <── requests ──────────────┤
-    ///      └── spawn /dev/fuse's workers: one beside rings
+    ///      └── Registered or Refused ─────┤ <── requests ──────────────┘
     /// ```
     ///
-    /// The reply promises rings if all threads are Ready. After a NoRing `proceed` is dropped,
-    /// which ends the threads that are. Then, and after a Refused, everything comes by /dev/fuse,
-    /// unless the user insists on rings.
+    /// What serving needs, memory above all, is had before the kernel hears of it. The reply
+    /// promises rings if all threads are Ready. After a NoRing `proceed` is dropped, which ends the
+    /// threads that are. Then, and after a Refused, everything comes by /dev/fuse, unless the user
+    /// insists on rings.
     pub fn start<S: Served>(
         device: OwnedFd,
         export: &Arc<S>,
@@ -133,11 +136,12 @@ impl Session {
         let mut session = Session {
             threads: Vec::new(),
             running: 0,
+            failed: false,
             ends: mpsc::channel(),
             connection_end: Arc::new(connection_end),
             interrupts: Interrupts::default(),
         };
-        let rings = match options.io_uring {
+        let mut rings = match options.io_uring {
             Switch::Off => None,
             Switch::Auto if !has_over_io_uring(&offer) => {
                 log::info!("serving by /dev/fuse, no FUSE over io_uring: {}", not_offered());
@@ -147,11 +151,32 @@ impl Session {
                 Ok(rings) => Some(rings),
                 Err(why) => {
                     give_up_rings(when, &why)?;
+                    // The workers need the memory that its threads had.
+                    session.join_all();
                     None
                 }
             },
         };
         let worker_depth = options.queue_depth.unwrap_or(WORKER_DEPTH);
+        let mut workers = Workers {
+            device: &device,
+            export,
+            stats,
+            ended,
+            depth: worker_depth,
+            reader_token: ReaderToken::default(),
+            started: 0,
+        };
+        // Beside rings, only stragglers and what needs no answer come by /dev/fuse: one will do.
+        let beside_rings = if rings.is_some() { 1 } else { worker_count() };
+        if let Err(why) = workers.start_until(beside_rings, &mut session) {
+            if rings.take().is_none() {
+                return Err(why);
+            }
+            give_up_rings(options.io_uring, &why)?;
+            session.join_all();
+            workers.start_until(worker_count(), &mut session)?;
+        }
         let (ring_requests, ring_depth) =
             rings.as_ref().map_or((0, 0), |rings| (rings.in_flight, rings.depth));
         let in_flight = ring_requests.max(worker_depth * worker_count());
@@ -182,26 +207,11 @@ impl Session {
         if let Some(rings) = rings {
             match rings.register() {
                 Ok(()) => by_ring = true,
-                Err(why) => give_up_rings(options.io_uring, &why)?,
+                Err(why) => {
+                    give_up_rings(options.io_uring, &why)?;
+                    workers.start_until(worker_count(), &mut session)?;
+                }
             }
-        }
-        let reader_token = ReaderToken::default();
-        // Beside rings, only stragglers and what needs no answer come by /dev/fuse: one worker will
-        // do.
-        let workers = if by_ring { 1 } else { worker_count() };
-        for (i, device) in worker_devices(device, workers).into_iter().enumerate() {
-            let worker = Worker {
-                device,
-                export: export.clone(),
-                stats: stats.thread(Transport::Legacy),
-                reader_token: reader_token.clone(),
-                depth: worker_depth,
-                connection_end: session.connection_end.clone(),
-                interrupts: session.interrupts.clone(),
-            };
-            session
-                .spawn(format!("fuse-{i}"), ended, move || worker.run())
-                .map_err(|e| no_thread(&e))?;
         }
         let transport = if by_ring { Transport::Uring } else { Transport::Legacy };
         let queue_depth = if by_ring { ring_depth } else { worker_depth };
@@ -285,20 +295,33 @@ impl Session {
         Ok(())
     }
 
-    /// Takes note of the threads that have ended; whether one of them failed.
-    pub fn reap_failed(&mut self) -> bool {
-        let mut failed = false;
-        for (name, result) in self.ends.1.try_iter() {
-            self.running -= 1;
-            if let Err(why) = result {
-                failed = true;
-                match why {
-                    Some(e) => log::error!("{name}: {e}"),
-                    None => log::error!("{name} has panicked"),
-                }
+    /// Takes note of the threads that have ended; whether one of them, or an earlier one, failed.
+    pub fn has_failed(&mut self) -> bool {
+        while let Ok(end) = self.ends.1.try_recv() {
+            self.note(end);
+        }
+        self.failed
+    }
+
+    fn note(&mut self, (name, result): End) {
+        self.running -= 1;
+        if let Err(why) = result {
+            self.failed = true;
+            match why {
+                Some(e) => log::error!("{name}: {e}"),
+                None => log::error!("{name} has panicked"),
             }
         }
-        failed
+    }
+
+    /// Waits until all threads have ended, as they are about to.
+    fn join_all(&mut self) {
+        while self.running > 0
+            && let Ok(end) = self.ends.1.recv()
+        {
+            self.note(end);
+        }
+        self.has_ended();
     }
 
     /// Whether the connection has ended: nobody is served any more.
@@ -306,7 +329,7 @@ impl Session {
         self.connection_end.has_come.load(Ordering::Acquire)
     }
 
-    /// Whether all threads have ended, as far as [`Session::reap_failed`] has taken note; they are
+    /// Whether all threads have ended, as far as [`Session::has_failed`] has taken note; they are
     /// gone then.
     pub fn has_ended(&mut self) -> bool {
         if self.running == 0 {
@@ -316,6 +339,65 @@ impl Session {
             }
         }
         self.running == 0
+    }
+}
+
+/// What the workers at /dev/fuse have in common.
+struct Workers<'a, S> {
+    device: &'a OwnedFd,
+    export: &'a Arc<S>,
+    stats: &'a Stats,
+    ended: &'a Arc<Poller>,
+    depth: usize,
+    reader_token: ReaderToken,
+    started: usize,
+}
+
+impl<S: Served> Workers<'_, S> {
+    /// Starts workers until there are so many; one after the other, and no more once there is not
+    /// enough of something. An error if there is none.
+    fn start_until(&mut self, count: usize, session: &mut Session) -> Result<(), String> {
+        while self.started < count {
+            match self.start_one(session) {
+                Ok(()) => self.started += 1,
+                Err(why) if self.started == 0 => return Err(why),
+                Err(why) => {
+                    log::warn!("served by {} threads instead of {count}: {why}", self.started);
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts one, and waits until it can serve.
+    fn start_one(&self, session: &mut Session) -> Result<(), String> {
+        let device = match self.started {
+            0 => self.device.try_clone(),
+            _ => sys::clone_fuse_device(self.device),
+        };
+        let worker = Worker {
+            device: device.map_err(|e| format!("/dev/fuse cannot be opened again: {e}"))?,
+            export: self.export.clone(),
+            stats: self.stats.thread(Transport::Legacy),
+            reader_token: self.reader_token.clone(),
+            depth: self.depth,
+            connection_end: session.connection_end.clone(),
+            interrupts: session.interrupts.clone(),
+        };
+        let (report, can_serve) = mpsc::channel();
+        session
+            .spawn(format!("fuse-{}", self.started), self.ended, move || worker.run(report))
+            .map_err(|e| no_thread(&e))?;
+        match can_serve.recv() {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(e)) if e.kind() == io::ErrorKind::OutOfMemory => {
+                Err("not enough memory to serve (a larger ulimit -v, or a smaller --queue-depth)"
+                    .into())
+            }
+            Ok(Err(e)) => Err(format!("a thread cannot serve: {e}")),
+            Err(_) => Err("a thread has panicked".into()),
+        }
     }
 }
 
@@ -372,8 +454,8 @@ fn not_offered() -> String {
 }
 
 /// Why there is no thread, and the cure.
-fn no_thread(e: &io::Error) -> String {
-    format!("a thread cannot be started: {e} (a larger ulimit -u, or pids.max of its cgroup)")
+pub fn no_thread(e: &io::Error) -> String {
+    format!("a thread cannot be started: {e} (a larger ulimit -u or -v, or pids.max of its cgroup)")
 }
 
 /// Why there is no ring, and the cure.
@@ -386,7 +468,7 @@ fn no_ring(e: &io::Error) -> String {
             "io_uring is not there (a kernel with CONFIG_IO_URING, or a seccomp profile that allows it)".into()
         }
         Some(libc::ENOMEM) => {
-            "not enough memory for the rings (a larger ulimit -l, or a smaller --queue-depth)".into()
+            "not enough memory for the rings (a larger ulimit -l or -v, or a smaller --queue-depth)".into()
         }
         Some(libc::EMFILE) => "not enough open files for the rings (a larger ulimit -n)".into(),
         _ => format!("a ring cannot be set up ({e})"),
@@ -407,22 +489,6 @@ fn share_entries(wished: Option<usize>, waits_for: WaitsFor, threads: usize) -> 
         WaitsFor::Disk | WaitsFor::Server => (all / 2 / threads).clamp(FIRST_COPIES, FIRST_WAITING),
     };
     (Depths { first: first.min(most), most }, all)
-}
-
-/// A descriptor for each of so many workers; one worker only, where /dev/fuse cannot be opened
-/// again.
-fn worker_devices(first: OwnedFd, workers: usize) -> Vec<OwnedFd> {
-    let mut devices = vec![first];
-    while devices.len() < workers {
-        match sys::clone_fuse_device(&devices[0]) {
-            Ok(device) => devices.push(device),
-            Err(e) => {
-                log::info!("/dev/fuse cannot be cloned ({e}): one worker");
-                break;
-            }
-        }
-    }
-    devices
 }
 
 #[cfg(test)]

@@ -1,10 +1,12 @@
 //! The failures of the program, with the exit status of each.
 
+use std::io;
 use std::path::Path;
 
 use super::hints;
 use crate::backend::file;
 use crate::backend::nbd::{self, Uri};
+use crate::session;
 use crate::sys;
 
 /// The program's failures; each has an exit status.
@@ -43,10 +45,32 @@ impl std::fmt::Display for Failure {
     }
 }
 
-/// A signal has come before anything was mounted.
-pub fn stopped_while_opened(source: &str, signal: sys::Signal) -> Failure {
-    let number = signal.number;
-    Failure::Source(format!("{source}: stopped by signal {number} while it was opened"))
+/// Why something was not done to its end.
+#[derive(Debug)]
+pub enum NotDone {
+    /// A signal has come.
+    Stopped(sys::Signal),
+    /// There was no thread to do it.
+    NoThread(io::Error),
+}
+
+/// A thread that is needed cannot be started.
+pub fn no_thread(e: io::Error) -> Failure {
+    Failure::Serving(NotDone::NoThread(e).to_string())
+}
+
+impl std::fmt::Display for NotDone {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            NotDone::Stopped(signal) => write!(f, "stopped by signal {}", signal.number),
+            NotDone::NoThread(e) => f.write_str(&session::no_thread(e)),
+        }
+    }
+}
+
+/// A source was not opened, and nothing is mounted yet.
+pub fn not_opened(source: &str, why: &NotDone) -> Failure {
+    Failure::Source(format!("{source}: {why} while it was opened"))
 }
 
 /// A local source cannot be opened.

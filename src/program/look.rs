@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::cli::Source;
-use super::failure::{Failure, local_failure, path_failure, remote_failure};
+use super::failure::{Failure, local_failure, no_thread, path_failure, remote_failure};
 use super::hints;
 use super::info::{self, Listing, LocalInfo, RemoteInfo};
 use super::server::Server;
@@ -11,6 +11,7 @@ use crate::backend::Backend;
 use crate::backend::file::FileBackend;
 use crate::backend::nbd::info::ExportInfo;
 use crate::backend::nbd::{self, NbdBackend, Uri};
+use crate::io::start_reactor;
 use crate::partitions::Table;
 
 /// What a source is, as text or JSON.
@@ -20,6 +21,7 @@ pub fn info(
     json: bool,
     remote: &nbd::Options,
 ) -> Result<String, Failure> {
+    start_reactor().map_err(no_thread)?;
     let remote_info = |uri: &Uri, export| {
         let partition_table = remote_table(uri, words, &export, remote);
         let source = words.into();
@@ -33,7 +35,7 @@ pub fn info(
         Source::Server(command) => {
             let server = Server::start(command, words.into());
             let mut server = server.map_err(Failure::Source)?;
-            server.show_words().map_err(|e| Failure::Serving(format!("no thread: {e}")))?;
+            server.show_words().map_err(no_thread)?;
             let export = nbd::info::info(&server.uri(), remote);
             let export = export.map_err(|e| Failure::Source(server.failure(&e)))?;
             remote_info(&server.uri(), export)
@@ -75,6 +77,7 @@ fn remote_table(
 
 /// What a server has, as text or JSON.
 pub fn list(uri: &Uri, json: bool, remote: &nbd::Options) -> Result<String, Failure> {
+    start_reactor().map_err(no_thread)?;
     let exports = nbd::info::list(uri, remote);
     let exports = exports.map_err(|e| remote_failure(uri, &e))?;
     info::text(&Listing { exports }, json).map_err(|e| Failure::Source(format!("{uri}: {e}")))

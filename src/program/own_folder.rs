@@ -28,18 +28,21 @@ pub struct OwnFolder {
 }
 
 impl OwnFolder {
-    /// Makes the folder, for a file of this name.
-    pub fn new(name: &Path) -> io::Result<OwnFolder> {
-        let folder = tempfile::Builder::new().prefix("diskfuse-").tempdir()?;
+    /// Makes the folder, for a file of this name. An error says what to do about it.
+    pub fn new(name: &Path) -> Result<OwnFolder, String> {
+        let elsewhere = |e: io::Error| format!("{e} (set TMPDIR, or give a MOUNTPOINT)");
+        let folder = tempfile::Builder::new().prefix("diskfuse-").tempdir().map_err(elsewhere)?;
         // As mountinfo has it.
-        let mountpoint = folder.path().canonicalize()?.join(name);
+        let mountpoint = folder.path().canonicalize().map_err(elsewhere)?.join(name);
         let mut command = Command::new("/proc/self/exe");
         command.arg0(NAME).arg(&mountpoint);
         // Whoever ends a whole process group does not mean this one.
         command.process_group(0);
         // Its input ends with this process; nobody waits for the end of its output.
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        let cleaner = command.spawn()?;
+        let cleaner = command.spawn().map_err(|e| {
+            format!("the process that is to remove it cannot be started: {e} (a larger ulimit -u, or pids.max of its cgroup; or give a MOUNTPOINT)")
+        })?;
         Ok(OwnFolder { mountpoint, folder: Some(folder), cleaner })
     }
 

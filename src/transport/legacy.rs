@@ -18,7 +18,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::task::{Poll, Waker};
 use std::time::Instant;
 
@@ -88,18 +88,30 @@ struct Channel {
 }
 
 impl<S: Served> Worker<S> {
-    /// Serves until the connection ends. An error is one of set-up or of /dev/fuse itself.
-    pub fn run(self) -> io::Result<()> {
+    /// Serves until the connection ends. First it tells `can_serve` whether it has what it needs;
+    /// where it has not it ends. An error is one of /dev/fuse itself.
+    pub fn run(self, can_serve: mpsc::Sender<io::Result<()>>) -> io::Result<()> {
         let executor = Rc::new(LocalExecutor::new());
         let stats = self.stats.clone();
-        let server = Server::new(self.export, None, executor.clone(), stats, self.interrupts)?;
-        let channel = Rc::new(Channel {
-            device: Async::new_nonblocking(self.device)?,
-            free: RefCell::new(Memory::allocate(&vec![0; self.depth.min(FIRST_DEPTH)])?),
-            depth: Cell::new(self.depth.min(FIRST_DEPTH)),
-            most: Cell::new(self.depth),
-            starved: RefCell::new(None),
-        });
+        let depth = self.depth.min(FIRST_DEPTH);
+        let set_up = || {
+            let server = Server::new(self.export, None, executor.clone(), stats, self.interrupts)?;
+            let channel = Channel {
+                device: Async::new_nonblocking(self.device)?,
+                free: RefCell::new(Memory::allocate(&vec![0; depth])?),
+                depth: Cell::new(depth),
+                most: Cell::new(self.depth),
+                starved: RefCell::new(None),
+            };
+            io::Result::Ok((server, Rc::new(channel)))
+        };
+        let (made, told) = match set_up() {
+            Ok(made) => (Some(made), Ok(())),
+            Err(e) => (None, Err(e)),
+        };
+        // Nobody listens where the session has panicked.
+        let _ = can_serve.send(told);
+        let Some((server, channel)) = made else { return Ok(()) };
         let reading = async {
             let result =
                 channel.clone().read_requests(&server, &self.reader_token, &self.stats).await;

@@ -2,17 +2,19 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::{Command, Output};
 
 use libtest_mimic::Trial;
 
 use crate::common::export::{Export, binary};
 use crate::common::sandbox::Sandbox;
-use crate::common::suite::trial;
+use crate::common::suite::{as_uid, trial};
 use crate::common::{assert_errno, program};
 
 pub fn trials() -> Vec<Trial> {
     let root = |name: &str, test: fn()| trial(name.into(), vec!["fuse", "root"], test);
+    let as_user = |name: &str, test: fn()| trial(name.into(), vec!["fuse", "user"], test);
     let trial = |name: &str, test: fn()| trial(name.into(), vec!["fuse"], test);
     vec![
         trial("command_waits_for_its_children", command_waits_for_its_children),
@@ -22,6 +24,8 @@ pub fn trials() -> Vec<Trial> {
         trial("too_few_open_files_are_refused", too_few_open_files_are_refused),
         trial("rings_are_given_up_for_want_of_open_files", rings_are_given_up),
         trial("open_files_are_allowed_up_to_the_hard_limit", open_files_are_allowed),
+        trial("too_little_memory_is_refused_before_it_is_served", too_little_memory_is_refused),
+        as_user("too_few_processes_are_refused_before_it_is_served", too_few_processes_are_refused),
         root("privileges_that_are_not_needed_are_given_up", privileges_are_given_up),
         root("command_has_the_privileges_of_whoever_starts_it", command_keeps_privileges),
     ]
@@ -109,6 +113,51 @@ fn open_files_are_allowed() {
     let mut export = export(&sandbox, "mem:1M", "ulimit -Sn 16");
     assert_eq!(fs::read(export.file()).unwrap(), vec![0; 1 << 20]);
     export.stop(libc::SIGTERM).assert(0, &[]);
+}
+
+/// Has the program read all of the disk in `--run`, after `shell` has limited it. With so little,
+/// serving may have to do with less, but never begins and then fails.
+fn is_served_or_refused(mut limited: Command, program: &Path, shell: &str) -> bool {
+    // It needs no further process.
+    const READ: &str = "exec cat \"$DISKFUSE_FILE\"";
+    limited.args(["bash", "-c", &format!("{shell}; exec \"$@\""), "bash"]);
+    let output = limited.arg(program).args(["--run", READ, "mem:1M"]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let has_run = !output.stdout.is_empty();
+    match output.status.code() {
+        Some(0) => assert!(output.stdout == vec![0; 1 << 20], "{shell}: {said}"),
+        status => {
+            assert!(matches!(status, Some(1 | 4)) && !has_run, "{shell}: {status:?} {said}");
+            assert!(said.contains("a larger ulimit"), "{shell}: {said}");
+        }
+    }
+    assert!(!said.contains("panicked"), "{shell}: {said}");
+    has_run
+}
+
+fn too_little_memory_is_refused() {
+    // Around what the log, async-io, one thread, several and rings need.
+    let limits = (16..64).step_by(4).chain((64..320).step_by(16));
+    let served = limits.filter(|mib| {
+        let timed = program("timeout", ["--kill-after=1", "30"]);
+        is_served_or_refused(timed, binary().as_ref(), &format!("ulimit -v {}", mib << 10))
+    });
+    assert!(served.count() > 0);
+}
+
+fn too_few_processes_are_refused() {
+    // Has no others: they would count, too.
+    const BIN: u32 = 2;
+    let served = (1..16).filter(|processes| {
+        let sandbox = Sandbox::new();
+        let diskfuse = sandbox.join("diskfuse");
+        fs::copy(binary(), &diskfuse).unwrap();
+        sandbox.give_to(BIN);
+        let mut user = as_uid(&sandbox, BIN);
+        user.env("TMPDIR", sandbox.path());
+        is_served_or_refused(user, &diskfuse, &format!("ulimit -u {processes}"))
+    });
+    assert!(served.count() > 0);
 }
 
 /// Capabilities of a process by `name` of proc(5).

@@ -212,10 +212,15 @@ fn run_as_user(name: &str) -> Result<Completion, Failed> {
     Err(format!("{said}\n{}", String::from_utf8_lossy(&output.stderr)).into())
 }
 
-/// A command that runs its arguments as [`USER`], with mounts of its own, where /dev/fuse is open
+/// See [`as_uid`].
+pub fn as_user(sandbox: &Sandbox) -> Command {
+    as_uid(sandbox, USER)
+}
+
+/// A command that runs its arguments as an ordinary user, with mounts of its own, where /dev/fuse is open
 /// to all: so it is on most machines, but not in containers, and `fusermount3` opens it with the
 /// user's rights. And where fusectl is mounted, as on most machines.
-pub fn as_user(sandbox: &Sandbox) -> Command {
+pub fn as_uid(sandbox: &Sandbox, uid: u32) -> Command {
     const SCRIPT: &str = r#"
         set -e
         mkdir "$1/dev"
@@ -230,6 +235,6 @@ pub fn as_user(sandbox: &Sandbox) -> Command {
     "#;
     let mut command = Command::new("timeout");
     command.args(["-k", "2", "280", "unshare", "--mount", "bash", "-c", SCRIPT, "bash"]);
-    command.arg(sandbox.path()).arg(USER.to_string()).stdin(Stdio::null());
+    command.arg(sandbox.path()).arg(uid.to_string()).stdin(Stdio::null());
     command
 }

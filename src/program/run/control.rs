@@ -23,12 +23,13 @@ use crate::mount::Mount;
 use crate::mount::errands::{Errand, Running};
 use crate::program::cli::{Config, OnLoss};
 use crate::program::daemon::{Background, Pidfile};
-use crate::program::failure::Failure;
+use crate::program::failure::{Failure, NotDone};
 use crate::program::logging;
 use crate::program::progress::Progress;
 use crate::program::server::Server;
 use crate::program::service::Service;
 use crate::program::signals::{Signals, Wish};
+use crate::session::Session;
 use crate::sys;
 
 /// Signals that come within this time of the first are one.
@@ -137,7 +138,7 @@ impl Control {
         &mut self,
         (name, what): (&str, &str),
         work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, sys::Signal> {
+    ) -> Result<T, NotDone> {
         let (sender, receiver) = mpsc::channel();
         let poller = self.poller.clone();
         let work = move || {
@@ -146,8 +147,7 @@ impl Control {
             let _ = poller.notify();
         };
         let thread = std::thread::Builder::new().name(name.into()).spawn(work);
-        // What it lacks, a thread that serves would lack as well.
-        let thread = thread.unwrap_or_else(|e| panic!("a thread cannot be started: {e}"));
+        let thread = thread.map_err(NotDone::NoThread)?;
         self.progress.wait_for(what.into(), Instant::now());
         loop {
             match receiver.try_recv() {
@@ -164,7 +164,7 @@ impl Control {
             }
             match self.wait(None) {
                 Ok(None) => {}
-                Ok(Some(signal)) => return Err(signal),
+                Ok(Some(signal)) => return Err(NotDone::Stopped(signal)),
                 Err(e) => {
                     log::error!("the control thread cannot wait: {e}");
                     std::thread::sleep(RETRY);
@@ -240,11 +240,12 @@ impl Control {
         &mut self,
         mount: &Mount,
         export: &S,
+        session: &mut Session,
     ) -> Result<(), Failure> {
         if export.cache() != Cache::Writeback {
             return Ok(());
         }
-        let told = self.run_errand(Errand::Size(export.size()), mount);
+        let told = self.run_errand(Errand::Size(export.size()), mount, session);
         export.size_is_known();
         told.map_err(|e| {
             let path = mount.path().display();
@@ -258,6 +259,7 @@ impl Control {
         &mut self,
         config: &Config,
         mount: &Mount,
+        session: &mut Session,
         pidfile: &mut Option<Pidfile>,
         background: Option<Background>,
     ) -> Result<(), Failure> {
@@ -265,7 +267,7 @@ impl Control {
         if !is_awaited && !self.service.is_there() {
             return Ok(());
         }
-        self.run_errand(Errand::Read, mount)
+        self.run_errand(Errand::Read, mount, session)
             .map_err(|e| Failure::Serving(format!("{} cannot be read: {e}", config.words)))?;
         if let Some(pidfile) = pidfile {
             pidfile.write().map_err(|e| Failure::Serving(format!("pidfile: {e}")))?;
@@ -289,14 +291,24 @@ impl Control {
         Ok(())
     }
 
-    /// Waits for an errand on the mount. A signal ends the wait.
-    pub(super) fn run_errand(&mut self, errand: Errand, mount: &Mount) -> io::Result<()> {
+    /// Waits for an errand on the mount. A signal ends the wait, and the failure of a thread that
+    /// serves: it may have been that which had the request.
+    fn run_errand(
+        &mut self,
+        errand: Errand,
+        mount: &Mount,
+        session: &mut Session,
+    ) -> io::Result<()> {
         let mut running = mount.begin(errand)?;
         self.progress.wait_for("waiting for the source's first answer".into(), Instant::now());
         loop {
             if let Some(outcome) = running.end() {
                 self.progress.end();
                 return outcome;
+            }
+            if session.has_failed() {
+                running.give_up();
+                return Err(io::Error::other("a thread that serves has failed"));
             }
             if let Some(signal) = self.wait(None)? {
                 running.give_up();

@@ -37,7 +37,7 @@ use crate::stats::{Stats, Transport};
 use crate::sys;
 use crate::transport::cpus::Cpus;
 
-use super::failure::{Failure, local_failure, path_failure, remote_failure, stopped_while_opened};
+use super::failure::{Failure, local_failure, no_thread, not_opened, path_failure, remote_failure};
 use control::Control;
 use descriptors::{allow_connected, allow_open_files};
 use supervise::Ended;
@@ -61,7 +61,8 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
         .map_err(|e| Failure::Serving(format!("signals: {e}")))?;
     control.server = server;
     // Nothing is logged before this: it might not be read.
-    logging::write_from_a_thread().map_err(|e| Failure::Serving(format!("the log: {e}")))?;
+    logging::write_from_a_thread().map_err(no_thread)?;
+    crate::io::start_reactor().map_err(no_thread)?;
     if let Err(e) = io_flusher {
         log::info!("clients in this memory cgroup can come to wait for memory for ever: {e}");
     }
@@ -69,9 +70,9 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
         log::warn!("privileges that are not needed could not be given up: {e}");
     }
     if let Some(server) = &mut control.server {
-        server.show_words().map_err(|e| Failure::Serving(format!("no thread: {e}")))?;
+        server.show_words().map_err(no_thread)?;
     }
-    let stopped = |signal| stopped_while_opened(&config.words, signal);
+    let not_done = |why| not_opened(&config.words, &why);
     let connecting = format!("connecting to {}", config.words);
     let connect = |to: Uri| {
         let options = config.remote.clone();
@@ -93,19 +94,20 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
                     exports.list().map(|found| (exports, found))
                 };
                 let listed =
-                    control.unless_signalled(("list", &connecting), list).map_err(stopped)?;
+                    control.unless_signalled(("list", &connecting), list).map_err(not_done)?;
                 let (exports, found) = listed.map_err(|e| remote_failure(&uri, &e))?;
                 return serve_all(config, exports, found, control, background);
             }
-            let backend =
-                control.unless_signalled(("connect", &connecting), connect(to)).map_err(stopped)?;
+            let backend = control
+                .unless_signalled(("connect", &connecting), connect(to))
+                .map_err(not_done)?;
             serve_part(config, backend.map_err(|e| remote_failure(&uri, &e))?, control, background)
         }
         Source::Server(_) => {
             let uri = control.server().uri();
             let backend = control
                 .unless_signalled(("connect", &connecting), connect(uri))
-                .map_err(stopped)?;
+                .map_err(not_done)?;
             let backend = backend.map_err(|e| Failure::Source(control.server().failure(&e)))?;
             serve_part(config, backend, control, background)
         }
@@ -119,7 +121,7 @@ pub fn run(config: &Config, background: Option<Background>) -> Result<u8, Failur
             };
             let opened = control
                 .unless_signalled(("open", &format!("opening {}", config.words)), open)
-                .map_err(stopped)?;
+                .map_err(not_done)?;
             let (backend, warning) = opened.map_err(|e| path_failure(&named, &e))?;
             if let Some(warning) = warning {
                 log::warn!("{warning}");
@@ -144,9 +146,7 @@ fn place(config: &Config) -> Result<(PathBuf, Option<OwnFolder>), Failure> {
     };
     let other_name = if config.all { "disks" } else { "disk" };
     let folder = OwnFolder::new(name.unwrap_or(other_name.as_ref()).as_ref());
-    let folder = folder.map_err(|e| {
-        Failure::Mount(format!("no temporary folder: {e} (set TMPDIR, or give a MOUNTPOINT)"))
-    })?;
+    let folder = folder.map_err(|e| Failure::Mount(format!("no temporary folder: {e}")))?;
     Ok((folder.mountpoint().to_owned(), Some(folder)))
 }
 
@@ -188,7 +188,7 @@ fn serve_part<B: Backend>(
     };
     let part = control
         .unless_signalled(("part", "reading the partition table"), find)
-        .map_err(|signal| stopped_while_opened(source, signal))?
+        .map_err(|why| not_opened(source, &why))?
         .map_err(|why| Failure::Source(format!("{source}: {why}")))?;
     log::info!("{source}: {part} are shown");
     serve(config, part, control, background)
@@ -269,14 +269,14 @@ fn start<S: Served>(
     let prepare = |path: PathBuf| move || Mountpoint::prepare(&path, shape);
     let mountpoint = control
         .unless_signalled(("mountpoint", "waiting for the mountpoint"), prepare(path.clone()))
-        .map_err(|signal| Failure::Mount(format!("stopped by signal {}", signal.number)))?
+        .map_err(|why| Failure::Mount(format!("{}: {why}", path.display())))?
         .map_err(|e| Failure::Mount(e.to_string()))?;
     let lock = config.pidfile.clone().map(|path| move || Pidfile::lock(&path));
     let pidfile = match lock {
         Some(lock) => Some(
             control
                 .unless_signalled(("pidfile", "waiting for the pidfile"), lock)
-                .map_err(|signal| Failure::Serving(format!("stopped by signal {}", signal.number)))?
+                .map_err(|why| Failure::Serving(format!("pidfile: {why}")))?
                 .map_err(Failure::Serving)?,
         ),
         None => None,
@@ -317,7 +317,7 @@ fn start<S: Served>(
     };
     let started = match control.unless_signalled(("start", "starting to serve"), start) {
         Ok(started) => started,
-        Err(signal) => Err(format!("stopped by signal {}", signal.number)),
+        Err(why) => Err(why.to_string()),
     };
     let session = match started {
         Ok(session) => session,
@@ -361,11 +361,11 @@ fn serve_to_the_end<S: Served>(
     background: Option<Background>,
 ) -> Result<u8, Failure> {
     // They are dropped in reverse order: the folder once nothing is in it any more.
-    let Started { folder, mut pidfile, stats, export, mount, session } = started;
+    let Started { folder, mut pidfile, stats, export, mount, mut session } = started;
     let announced = control
-        .tell_size(&mount, &*export)
+        .tell_size(&mount, &*export, &mut session)
         .inspect(|()| log_place(config, mount.path(), export.writable()))
-        .and_then(|()| control.announce(config, &mount, &mut pidfile, background));
+        .and_then(|()| control.announce(config, &mount, &mut session, &mut pidfile, background));
     if announced.is_err() {
         control.stop_at_once();
     }

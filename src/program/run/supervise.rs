@@ -74,11 +74,11 @@ impl Control {
                 self.stop.get_or_insert_with(|| Stop::now(&self.closed));
             }
             let next_look = self.follow_source(export);
-            if session.reap_failed() {
-                failed = true;
-                if let Some(mount) = &mount {
-                    self.stop.get_or_insert_with(|| Stop::now(&self.closed)).force(mount);
-                }
+            if session.has_failed()
+                && !std::mem::replace(&mut failed, true)
+                && let Some(mount) = &mount
+            {
+                self.stop.get_or_insert_with(|| Stop::now(&self.closed)).force(mount);
             }
             if session.has_ended() {
                 // Unmounts, if the end came otherwise: an abort leaves the mount in its place.
