@@ -290,6 +290,41 @@ fn endless_listing() {
     server.join().unwrap();
 }
 
+/// With so little memory it is refused before it can be opened, or all that is written to it is
+/// there.
+fn too_little_memory() {
+    let sandbox = in_memory();
+    let (pattern, disk) = (sandbox.join("pattern"), sandbox.join("image"));
+    fs::write(&pattern, noise(3, SIZE)).unwrap();
+    let address = Address::unix(&sandbox);
+    fs::write(&disk, [0; 512]).unwrap();
+    let _server = Server::nbdkit(&address, ["file", disk.to_str().unwrap()]);
+    // In MiB, around what a connection, what is not flushed, one thread, several and rings need.
+    let limits = (16..512).step_by(16);
+    let served = limits.filter(|limit| {
+        fs::File::create(&disk).unwrap().set_len(SIZE as u64).unwrap();
+        let copy = format!(
+            "exec dd if={} of=\"$DISKFUSE_FILE\" bs=1M conv=notrunc,fsync status=none",
+            pattern.display()
+        );
+        let limited = format!("ulimit -v {}; exec \"$@\"", limit << 10);
+        let mut shell = program("timeout", ["-k", "1", "30", "bash", "-c", &limited, "bash"]);
+        let output = shell.args([binary(), "--run", &copy, &address.uri("")]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        let bytes = fs::read(&disk).unwrap();
+        if output.status.success() {
+            assert!(bytes == fs::read(&pattern).unwrap(), "{limit} MiB: {said}");
+        } else {
+            let status = output.status.code();
+            assert!(matches!(status, Some(1 | 3 | 4)), "{limit} MiB: {status:?} {said}");
+            assert!(said.contains("a larger ulimit"), "{limit} MiB: {said}");
+            assert!(bytes == vec![0; SIZE], "{limit} MiB: {said}");
+        }
+        output.status.success()
+    });
+    assert!(served.count() > 0);
+}
+
 pub fn trials() -> Vec<Trial> {
     let trials = REFUSALS.iter().map(|refusal| {
         trial(format!("refused/{}", refusal.name), refusal.needs.to_vec(), || {
@@ -302,7 +337,9 @@ pub fn trials() -> Vec<Trial> {
     let endless = trial("refused/endless_listing".into(), vec!["nbd"], endless_listing);
     let evil = control_characters_are_listed;
     let evil = trial("refused/control_characters_are_listed".into(), vec!["nbd", "nbdkit"], evil);
-    trials.chain([endless, evil]).collect()
+    let memory =
+        trial("refused/too_little_memory".into(), vec!["fuse", "nbdkit"], too_little_memory);
+    trials.chain([endless, evil, memory]).collect()
 }
 
 pub fn read_only_server_makes_a_read_only_file(bench: &Bench) {

@@ -31,6 +31,7 @@ use smol::channel::{self, Sender};
 use smol::{Task, Timer, future};
 
 use self::backoff::Backoff;
+use super::Error;
 use super::Options;
 use super::abandoned::Abandoned;
 use super::commands::Commands;
@@ -131,7 +132,11 @@ struct LaneState {
 
 impl Connections {
     /// Those of `first`'s export.
-    pub fn new(dialer: Dialer, first: Arc<Connection>, options: &Options) -> Arc<Connections> {
+    pub fn new(
+        dialer: Dialer,
+        first: Arc<Connection>,
+        options: &Options,
+    ) -> Result<Arc<Connections>, Error> {
         let agreed = first.agreed().clone();
         let most = match agreed.has(transmission_flag::CAN_MULTI_CONN) {
             true => options.most_connections(),
@@ -139,8 +144,11 @@ impl Connections {
         };
         // What could never be dropped is not kept.
         let has_flush = agreed.has(transmission_flag::SEND_FLUSH);
-        let unflushed = Unflushed::new(if has_flush { options.unflushed } else { 0 });
-        Arc::new(Connections {
+        let is_written = has_flush && !agreed.has(transmission_flag::READ_ONLY);
+        let kept_bytes = if is_written { options.unflushed } else { 0 };
+        let unflushed =
+            Unflushed::new(kept_bytes).map_err(|source| Error::NoMemory { kept_bytes, source })?;
+        Ok(Arc::new(Connections {
             dialer,
             abandoned: first.abandoned().clone(),
             agreed,
@@ -167,7 +175,7 @@ impl Connections {
                 lost: 0,
                 returns: 0,
             }),
-        })
+        }))
     }
 
     /// What is acknowledged and not durable.

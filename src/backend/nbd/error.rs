@@ -64,6 +64,13 @@ pub enum Error {
         /// The export's size in bytes.
         size: u64,
     },
+    /// No memory for what is not flushed.
+    NoMemory {
+        /// As much as was wanted.
+        kept_bytes: usize,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The last bytes of the export lie in an incomplete block, which no request can reach.
     Tail {
         /// The export's size in bytes.
@@ -131,6 +138,12 @@ impl fmt::Display for Error {
                 f,
                 "the export's size of {size} bytes is more than a file can have, which is {} bytes",
                 i64::MAX
+            ),
+            Error::NoMemory { kept_bytes, source } => write!(
+                f,
+                "no memory for {} MiB that are not flushed: {source} (a smaller --unflushed, or a \
+                 larger ulimit -v)",
+                kept_bytes >> 20
             ),
             Error::Tail { size, minimum } => write!(
                 f,

@@ -54,7 +54,7 @@ impl Exports {
         let dialer = self.dialer.to_export(name);
         let opened = dialer.open()?;
         let connection = Connection::new(dialer.uri().to_string(), opened, Arc::default());
-        Ok(NbdBackend::over(Connections::new(dialer, connection, &self.options)))
+        Ok(NbdBackend::over(Connections::new(dialer, connection, &self.options)?))
     }
 
     /// What there is, blocking: the server is asked on one connection. (One that does not tell a

@@ -143,7 +143,7 @@ impl NbdBackend {
         let dialer = Dialer::new(uri, options)?;
         let opened = dialer.open_until(Instant::now() + options.open_timeout)?;
         let connection = Connection::new(uri.to_string(), opened, Arc::default());
-        Ok(NbdBackend::over(Connections::new(dialer, connection, options)))
+        Ok(NbdBackend::over(Connections::new(dialer, connection, options)?))
     }
 
     fn over(connections: Arc<Connections>) -> Arc<NbdBackend> {

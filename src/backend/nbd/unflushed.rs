@@ -21,6 +21,7 @@
 //! Where nothing is kept, because the user wants that or the server has no FLUSH, a loss is told:
 //! the next fsync fails.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -64,9 +65,8 @@ struct Kept {
 
 #[derive(Debug)]
 struct State {
-    store: Store,
-    /// It is being written again: there is no room meanwhile.
-    is_taken: bool,
+    /// None while it is being written again: there is no room meanwhile.
+    store: Option<Store>,
     taken_bytes: u64,
     reserved_bytes: usize,
     reserved_writes: usize,
@@ -75,7 +75,8 @@ struct State {
 impl State {
     fn reserve(&mut self, bytes: usize) -> bool {
         let writes = self.reserved_writes + 1;
-        if self.is_taken || !self.store.has_room(self.reserved_bytes, bytes, writes) {
+        let Some(store) = &self.store else { return false };
+        if !store.has_room(self.reserved_bytes, bytes, writes) {
             return false;
         }
         self.reserved_bytes += bytes;
@@ -111,12 +112,12 @@ impl Change<'_> {
 }
 
 impl Unflushed {
-    /// Keeps up to `bytes`, or nothing if that is zero.
-    pub fn new(bytes: usize) -> Arc<Unflushed> {
-        let kept = (bytes > 0).then(|| Kept {
+    /// Keeps up to `bytes`, or nothing if that is zero. `ENOMEM`: there is not so much memory.
+    pub fn new(bytes: usize) -> io::Result<Arc<Unflushed>> {
+        let store = if bytes > 0 { Some(Store::new(bytes.max(LEAST))?) } else { None };
+        let kept = store.map(|store| Kept {
             state: Mutex::new(State {
-                store: Store::new(bytes.max(LEAST)),
-                is_taken: false,
+                store: Some(store),
                 taken_bytes: 0,
                 reserved_bytes: 0,
                 reserved_writes: 0,
@@ -124,7 +125,7 @@ impl Unflushed {
             turn: AsyncMutex::new(()),
             is_due: AtomicBool::new(false),
         });
-        Arc::new(Unflushed {
+        Ok(Arc::new(Unflushed {
             acknowledged: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
             writing: AtomicUsize::new(0),
@@ -132,7 +133,7 @@ impl Unflushed {
             losses: AtomicU64::new(0),
             untold: AtomicBool::new(false),
             kept,
-        })
+        }))
     }
 
     /// Whether anything is not known to be durable.
@@ -143,7 +144,7 @@ impl Unflushed {
     /// How much data is kept, in bytes; none: nothing is.
     pub fn bytes(&self) -> Option<u64> {
         let state = self.kept.as_ref()?.state();
-        Some(state.store.bytes + state.taken_bytes)
+        Some(state.store.as_ref().map_or(state.taken_bytes, |store| store.bytes))
     }
 
     /// What a FLUSH that begins now will cover.
@@ -200,8 +201,9 @@ impl Unflushed {
                     Change::Durable(_) => 0,
                     _ => self.acknowledged.fetch_add(1, Ordering::SeqCst) + 1,
                 };
-                state.store.note(offset, change, number);
-                if state.store.is_half_full() && !self.is_due() {
+                let store = state.store.as_mut().expect("nothing is acknowledged meanwhile");
+                store.note(offset, change, number);
+                if store.is_half_full() && !self.is_due() {
                     kept.is_due.store(true, Ordering::Relaxed);
                 }
             }
@@ -233,10 +235,9 @@ impl Unflushed {
             _ if !self.any() => None,
             Some(kept) => {
                 let mut state = kept.state();
-                state.is_taken = true;
-                state.taken_bytes = state.store.bytes;
-                let empty = state.store.empty();
-                Some(Again { store: std::mem::replace(&mut state.store, empty), mark })
+                let store = state.store.take()?;
+                state.taken_bytes = store.bytes;
+                Some(Again { store, mark })
             }
             None => {
                 self.lose(mark);
@@ -266,9 +267,8 @@ impl Unflushed {
 
     fn give_back(&self, store: Store) {
         if let Some(kept) = &self.kept {
-            let mut state = kept.state();
-            (state.store, state.is_taken, state.taken_bytes) = (store, false, 0);
-            kept.is_due.store(state.store.is_half_full(), Ordering::Relaxed);
+            kept.is_due.store(store.is_half_full(), Ordering::Relaxed);
+            kept.state().store = Some(store);
         }
     }
 
@@ -297,7 +297,7 @@ impl Unflushed {
         if let Some(kept) = &self.kept
             && !self.any()
         {
-            kept.state().store.give_memory_back();
+            kept.state().store.iter_mut().for_each(Store::give_memory_back);
         }
     }
 }
@@ -305,9 +305,10 @@ impl Unflushed {
 impl Kept {
     /// Drops what was acknowledged up to `mark`, and looks if a FLUSH is still due.
     fn drop_to(&self, mark: u64) {
-        let mut state = self.state();
-        state.store.drop_to(mark);
-        self.is_due.store(state.store.is_half_full(), Ordering::Relaxed);
+        if let Some(store) = &mut self.state().store {
+            store.drop_to(mark);
+            self.is_due.store(store.is_half_full(), Ordering::Relaxed);
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -24,13 +24,20 @@ pub struct Buffer {
 }
 
 impl Buffers {
-    /// Takes one of `length` bytes; `None`: all are taken. Only one thread at a time may call this.
+    /// Takes one of `length` bytes; `None`: all are taken, or there is no memory. Only one thread
+    /// at a time may call this.
     pub fn take(self: &Arc<Self>, length: usize) -> Option<Buffer> {
         if self.taken.load(Ordering::SeqCst) >= MAX_CHUNKS {
             return None;
         }
+        let free = self.free().pop();
+        let bytes = free.or_else(|| {
+            let mut new = Vec::new();
+            new.try_reserve_exact(CHUNK as usize).ok()?;
+            new.resize(CHUNK as usize, 0);
+            Some(new)
+        })?;
         self.taken.fetch_add(1, Ordering::SeqCst);
-        let bytes = self.free().pop().unwrap_or_else(|| vec![0; CHUNK as usize]);
         Some(Buffer { bytes, length, all: self.clone() })
     }
 

@@ -17,7 +17,7 @@ use crate::export::{Cache, Export, Policy, Served, Truncate};
 /// A disk behind these connections, the first of which tells what it is.
 pub fn disk(connections: &[Arc<Connection>]) -> Arc<NbdBackend> {
     let dialer = Dialer::new(&"nbd://peer/".parse().unwrap(), &options()).unwrap();
-    let all = Connections::new(dialer, connections[0].clone(), &options());
+    let all = Connections::new(dialer, connections[0].clone(), &options()).unwrap();
     connections[1..].iter().for_each(|connection| all.add(connection.clone(), 0));
     NbdBackend::over(all)
 }

@@ -1,7 +1,10 @@
 //! The extents of what is kept, and the two logs that hold their data.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
+
+use memmap2::MmapMut;
 
 use super::Change;
 use crate::backend::Zero;
@@ -18,7 +21,7 @@ const EXTENTS_OF_A_WRITE: usize = 3;
 const KEPT_BYTES: usize = 4 << 20;
 
 /// The extents, and the logs that their data is in.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Store {
     /// By where they start.
     extents: BTreeMap<u64, Extent>,
@@ -56,11 +59,11 @@ impl Content {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Log {
-    /// As many as it holds, once it has been used. The kernel gives the memory when it is written
-    /// to.
-    bytes: Vec<u8>,
+    /// As many as it holds. Had before anything is acknowledged, since there is no good answer
+    /// afterwards; the kernel gives the pages when they are written to.
+    bytes: MmapMut,
     used: usize,
     /// How many of the bytes have been used at all, and so take memory.
     resident: usize,
@@ -68,15 +71,25 @@ struct Log {
     extents: usize,
 }
 
-impl Store {
-    /// For so many bytes, half of them in each log.
-    pub fn new(bytes: usize) -> Store {
-        Store { half: bytes / 2, most_extents: bytes / BYTES_OF_AN_EXTENT, ..Store::default() }
+impl Log {
+    /// For so many bytes. `ENOMEM`: there is no more address space, or that may not be promised.
+    fn new(bytes: usize) -> io::Result<Log> {
+        Ok(Log { bytes: MmapMut::map_anon(bytes)?, used: 0, resident: 0, extents: 0 })
     }
+}
 
-    /// One that is like it, and empty.
-    pub fn empty(&self) -> Store {
-        Store { half: self.half, most_extents: self.most_extents, ..Store::default() }
+impl Store {
+    /// For so many bytes, half of them in each log. `ENOMEM`, see [`Log::new`].
+    pub fn new(bytes: usize) -> io::Result<Store> {
+        let half = bytes / 2;
+        Ok(Store {
+            extents: BTreeMap::new(),
+            bytes: 0,
+            logs: [Log::new(half)?, Log::new(half)?],
+            current: 0,
+            half,
+            most_extents: bytes / BYTES_OF_AN_EXTENT,
+        })
     }
 
     /// All of it, where it belongs; no two overlap.
@@ -153,9 +166,6 @@ impl Store {
                 continue;
             }
             let (part, rest) = data.split_at(data.len().min(room));
-            if log.bytes.is_empty() {
-                log.bytes = vec![0; half];
-            }
             let at = log.used;
             log.used += part.len();
             log.resident = log.resident.max(log.used);
@@ -233,7 +243,10 @@ impl Store {
     pub fn give_memory_back(&mut self) {
         if self.logs.iter().all(|log| log.extents == 0) {
             for log in self.logs.iter_mut().filter(|log| log.resident > KEPT_BYTES) {
-                *log = Log::default();
+                // Without a new one it keeps the old, and its pages.
+                if let Ok(new) = Log::new(self.half) {
+                    *log = new;
+                }
             }
         }
     }

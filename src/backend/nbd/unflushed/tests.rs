@@ -36,7 +36,7 @@ fn what_is_kept_makes_good_what_was_forgotten() {
     const LENGTH: u64 = 4 << 10;
     let mut random = Random(7);
     for _ in 0..200 {
-        let all = Unflushed::new(SIZE);
+        let all = Unflushed::new(SIZE).unwrap();
         let mut acknowledged = vec![1; LENGTH as usize];
         let mut durable = acknowledged.clone();
         // Which bytes are not durable, by the flush that would make them so.
@@ -99,7 +99,7 @@ fn what_is_kept_makes_good_what_was_forgotten() {
 
 #[test]
 fn a_block_that_is_written_again_costs_nothing() {
-    let all = Unflushed::new(SIZE);
+    let all = Unflushed::new(SIZE).unwrap();
     for round in 0..10_000_u32 {
         let _room = all.reserve(4096).expect("there is room for ever");
         write(&all, 8192, &[round as u8; 4096]);
@@ -111,7 +111,7 @@ fn a_block_that_is_written_again_costs_nothing() {
 
 #[test]
 fn the_bound_holds_and_a_flush_makes_room() {
-    let all = Unflushed::new(SIZE);
+    let all = Unflushed::new(SIZE).unwrap();
     let mut written = 0;
     let mut due = None;
     let data = vec![5; 100_000];
@@ -131,7 +131,7 @@ fn the_bound_holds_and_a_flush_makes_room() {
 
 #[test]
 fn short_writes_cannot_break_the_bound() {
-    let all = Unflushed::new(SIZE);
+    let all = Unflushed::new(SIZE).unwrap();
     let mut extents = 0;
     while let Some(_room) = all.reserve(1) {
         write(&all, extents * 2, b"x");
@@ -145,7 +145,7 @@ fn short_writes_cannot_break_the_bound() {
 
 #[test]
 fn where_nothing_is_kept_a_loss_is_told_once() {
-    let all = Unflushed::new(0);
+    let all = Unflushed::new(0).unwrap();
     write(&all, 0, b"lost");
     assert!(all.any() && all.take().is_none());
     assert!(all.any() && all.losses() == 1);
