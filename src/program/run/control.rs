@@ -180,20 +180,28 @@ impl Control {
         config: &Config,
         export: &Arc<S>,
     ) -> Result<(), Failure> {
-        let (sender, receiver) = mpsc::channel();
-        let (flushing, poller) = (export.clone(), self.poller.clone());
         // A source that is lost has been waited for already.
         let is_hurried =
             self.lost.is_some() || self.stop.as_ref().is_some_and(|stop| stop.is_by_signal);
         let patience = if is_hurried { AWAY } else { config.remote.reconnect_timeout };
+        self.service.flushing(patience + FLUSH);
+        let source = &config.words;
+        let verdict = |flushed: io::Result<()>| {
+            flushed.map_err(|e| {
+                Failure::Serving(format!(
+                    "{source}: the last flush failed, so writes may be lost: {e}"
+                ))
+            })
+        };
+        let (sender, receiver) = mpsc::channel();
+        let (flushing, poller) = (export.clone(), self.poller.clone());
         let work = move || {
             let _ = sender.send(flushing.last_flush(patience));
             let _ = poller.notify();
         };
-        self.service.flushing(patience + FLUSH);
-        let source = &config.words;
         if let Err(e) = std::thread::Builder::new().name("flush".into()).spawn(work) {
-            return Err(Failure::Serving(format!("{source}: not flushed: no thread: {e}")));
+            log::warn!("{source}: no signal can give the last flush up: no thread: {e}");
+            return verdict(export.last_flush(patience));
         }
         let began = Instant::now();
         self.progress.wait_for("flushing what was written".into(), began);
@@ -201,11 +209,7 @@ impl Control {
         loop {
             if let Ok(flushed) = receiver.try_recv() {
                 self.progress.end();
-                return flushed.map_err(|e| {
-                    Failure::Serving(format!(
-                        "{source}: the last flush failed, so writes may be lost: {e}"
-                    ))
-                });
+                return verdict(flushed);
             }
             if began.elapsed() >= LONG_FLUSH && !std::mem::replace(&mut reported, true) {
                 log::warn!("{source}: the last flush takes long (a second signal gives it up)");
