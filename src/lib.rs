@@ -48,8 +48,9 @@
 //! | how both are told | as JSON: [`export::report`]; as an xattr: `attributes` of [`export`] |
 //! | the FUSE protocol, a new operation | [`fuse`], then [`export`] |
 //! | a mode or a flag of an operation that is there | [`export`], then [`backend::Lane`] and who has it |
-//! | what is negotiated with the kernel; how many threads there are | its `init`; [`session`] |
-//! | how many requests a queue may have | [`session`]; how that grows: [`transport::uring`] |
+//! | what is negotiated with the kernel | `init` of [`session`] |
+//! | how many threads there are | its `rings` and `workers` |
+//! | how many requests a queue may have | its `rings`; how that grows: [`transport::uring`] |
 //! | whether a thread polls | [`transport::pace`], made in `legacy` and `uring` |
 //! | which thread serves a request | [`transport::queues`] |
 //! | the two ways of requests | [`transport::legacy`], [`transport::uring`] |
