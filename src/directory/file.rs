@@ -121,13 +121,12 @@ impl File {
         self.state().last_use = Instant::now();
     }
 
-    /// Since when nobody uses it, nor has it anything that is not durable; none: it is in use. It
-    /// stays so as long as the caller has its turn.
+    /// Since when nobody uses it, nor has it anything unsettled; none: it is in use. It stays so as long as the caller has its turn.
     pub(super) fn idle_since(&self, connected: &Connected) -> Option<Instant> {
         let state = self.state();
         let is_used = state.uses > 0
             || connected.export.is_open()
-            || connected.export.backend().has_unflushed();
+            || connected.export.backend().is_unsettled();
         (!is_used).then_some(state.last_use)
     }
 }

@@ -26,6 +26,8 @@ use crate::backend::{Seek, Zero};
 const MAX_ZERO: u64 = 1 << 30;
 /// Where halving after `EOVERFLOW` ends, in bytes.
 const MIN_ZERO: u64 = 64 << 10;
+/// Where zeroes are written, so many bytes are some hundred requests at most.
+const WRITTEN_ZERO: u64 = 64 << 20;
 /// How far a BLOCK_STATUS asks at most where 64 bits can say it, in bytes: what the server can look
 /// through within everyone's patience.
 const MAX_STATUS: u64 = 1 << 40;
@@ -195,9 +197,13 @@ impl Commands {
         self.change(offset, change, request).await
     }
 
-    /// Makes completed writes durable, on every connection; nothing where the server has no FLUSH.
+    /// Makes completed writes durable, on every connection. Nothing where the server has no FLUSH,
+    /// once it is there: it may be another one, which knows nothing of them.
     pub async fn flush(&self) -> io::Result<()> {
         if !self.has(transmission_flag::SEND_FLUSH) {
+            if let Route::Lane(ways) = &self.route {
+                ways.pick().await?;
+            }
             return Ok(());
         }
         self.ask(async |connection| connection.command(Command::Flush, 0, 0, 0).await.map(drop))
@@ -207,6 +213,11 @@ impl Commands {
     /// Whether ranges can be zeroed without writing zeroes.
     pub fn has_write_zeroes(&self) -> bool {
         self.has(transmission_flag::SEND_WRITE_ZEROES)
+    }
+
+    /// A zeroing that reaches no further than the next multiple of this is few requests, in bytes.
+    pub fn zero_step(&self) -> u64 {
+        if self.has_write_zeroes() { MAX_ZERO } else { WRITTEN_ZERO }
     }
 
     /// Makes the range read as zeroes. `EOPNOTSUPP` for [`Zero::Punch`] without the server's
@@ -269,14 +280,6 @@ impl Commands {
         Ok(())
     }
 
-    /// How far a BLOCK_STATUS may ask, in bytes.
-    fn longest_status(&self) -> u64 {
-        match self.agreed.headers {
-            Headers::Extended => MAX_STATUS,
-            Headers::Simple | Headers::Structured => MAX_STATUS_32,
-        }
-    }
-
     /// The next data or hole at or after `offset`, which need not be aligned. `ENXIO`: no data
     /// follows. Where the server does not tell, everything is data, and so is what `LONGEST_SEARCH`
     /// was not enough to look through: whoever walks through the disk goes on from there. What
@@ -320,9 +323,13 @@ impl Commands {
     async fn ask_status(&self, at: u64, what: Seek, extents: &Extents) -> io::Result<Found> {
         let size = self.agreed.size;
         let start = at - at % self.minimum;
-        let asking = extents.ask(self.longest_status());
-        let length = (asking.reach() - asking.reach() % self.minimum).min(size - start);
+        let asking = extents.ask(longest_status(self.agreed.headers));
+        let reach = asking.reach().min(size - start);
+        let mut length = 0;
         let request = async |connection: &Connection| {
+            // A server that has come back may know shorter headers only.
+            let longest = reach.min(longest_status(connection.agreed().headers));
+            length = (longest - longest % self.minimum).max(self.minimum).min(size - start);
             connection.command(Command::BlockStatus, 0, start, length).await
         };
         let told = self.ask(request).await?;
@@ -334,6 +341,14 @@ impl Commands {
             }
             found => Ok(found),
         }
+    }
+}
+
+/// How far a BLOCK_STATUS may ask, in bytes.
+fn longest_status(headers: Headers) -> u64 {
+    match headers {
+        Headers::Extended => MAX_STATUS,
+        Headers::Simple | Headers::Structured => MAX_STATUS_32,
     }
 }
 

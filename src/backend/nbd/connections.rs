@@ -178,6 +178,11 @@ impl Connections {
         }))
     }
 
+    /// Requests that nobody waits for any more.
+    pub fn abandoned(&self) -> &Arc<Abandoned> {
+        &self.abandoned
+    }
+
     /// What is acknowledged and not durable.
     pub fn unflushed(&self) -> &Arc<Unflushed> {
         &self.unflushed
@@ -294,6 +299,10 @@ impl Connections {
         if let Some(difference) = self.agreed.difference(&opened.agreed) {
             return Err(format!("the export is another one there: {difference}"));
         }
+        // It has come back so meanwhile.
+        if !opened.agreed.has(transmission_flag::CAN_MULTI_CONN) {
+            return Err("the server has no CAN_MULTI_CONN any more".into());
+        }
         let connection = self.connection(opened);
         let older = self.all().into_iter().find(|older| !older.is_lost());
         let answered = older.is_some_and(|older| {
@@ -315,7 +324,7 @@ impl Connections {
     /// One more, which `for_lane` has asked for.
     pub fn add(&self, connection: Arc<Connection>, for_lane: usize) {
         let mut shared = self.shared();
-        if shared.is_closed || shared.all.is_empty() {
+        if shared.is_closed || shared.all.is_empty() || shared.all.len() >= shared.most {
             return connection.disconnect();
         }
         let home = shared.home_for(for_lane);
@@ -326,6 +335,9 @@ impl Connections {
         log::debug!("{} connections", shared.all.len());
         self.may_open.store(shared.all.len() < shared.most, Ordering::Release);
         self.version.fetch_add(1, Ordering::Release);
+        drop(shared);
+        // Some may wait: the last one was lost, and that is not noted yet.
+        self.changed.notify(usize::MAX);
     }
 }
 

@@ -38,9 +38,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use self::state::{State, Step};
-use super::abandoned::{Abandoned, AbandonedWrite};
+use super::abandoned::{Abandoned, AbandonedRequest};
 use super::coverage::Coverage;
-use super::wire::{Command, Violation};
+use super::wire::{Command, FLAG_FUA, Violation};
 
 mod answers;
 mod request;
@@ -197,8 +197,10 @@ struct Entry {
     /// How often the connection's age was taken since it is here.
     age: u32,
     waker: Option<Waker>,
-    /// Its caller has gone, and the server may still write.
-    abandoned: Option<AbandonedWrite>,
+    /// It is a FLUSH, or has FUA.
+    makes_durable: bool,
+    /// Its caller has gone, and the server may still write, or tell an error of others' writes.
+    abandoned: Option<AbandonedRequest>,
 }
 
 impl Entry {
@@ -303,6 +305,7 @@ impl Table {
             failure: None,
             age: 0,
             waker: None,
+            makes_durable: ask.command == Command::Flush || ask.flags & FLAG_FUA != 0,
             abandoned: None,
         });
         self.direct_reads += usize::from(is_direct(slot.entry.as_ref().expect("just put there")));
@@ -323,7 +326,7 @@ impl Table {
             }
             return Poll::Pending;
         }
-        Poll::Ready(match entry.failure {
+        Poll::Ready(match entry.failure.take() {
             Some(Cause::Lost) => Err(Failure::Lost),
             Some(Cause::Errno(errno)) => Err(Failure::Error(io::Error::from_raw_os_error(errno))),
             None => Ok(std::mem::take(&mut entry.extents)),
@@ -334,9 +337,14 @@ impl Table {
     fn let_go(&mut self, cookie: Cookie) {
         let abandoned = self.abandoned.clone();
         let entry = self.entry(cookie).expect("a request is let go once");
-        if entry.state.awaits_reply() && entry.command.changes_the_disk() {
+        if entry.makes_durable || entry.command.changes_the_disk() {
             let range = entry.offset..entry.offset.saturating_add(entry.length);
-            entry.abandoned = Some(abandoned.add(range));
+            if entry.state.awaits_reply() {
+                entry.abandoned = Some(abandoned.add(range, entry.makes_durable));
+            } else if let Some(Cause::Errno(_)) = entry.failure {
+                // Its caller has not seen it.
+                abandoned.add(range, entry.makes_durable).failed();
+            }
         }
         entry.waker = None;
         match &entry.buffer {

@@ -165,9 +165,11 @@ impl NbdBackend {
         self.connections.unflushed()
     }
 
-    /// Whether something was acknowledged that a FLUSH would make durable.
-    pub fn has_unflushed(&self) -> bool {
-        self.agreed().has(transmission_flag::SEND_FLUSH) && self.unflushed().any()
+    /// Whether something was acknowledged that a FLUSH would make durable, or the server has still to
+    /// answer what a later request has to know of.
+    pub fn is_unsettled(&self) -> bool {
+        let has_flush = self.agreed().has(transmission_flag::SEND_FLUSH);
+        (has_flush && self.unflushed().any()) || self.connections.abandoned().any()
     }
 
     /// How many connections there are.
@@ -308,13 +310,23 @@ impl NbdBackend {
             let commands = Commands::over(connection.clone());
             result = connection.run_blocking(commands.flush(), deadline);
             if result.is_ok() {
+                self.note_unheard_failure(self.connections.abandoned().take_failure());
                 self.unflushed().flushed_to(mark);
             }
-            if result.is_ok() || Instant::now() >= deadline {
+            // An error may have been told once, so that another connection would know of none.
+            if !connection.is_lost() || Instant::now() >= deadline {
                 break;
             }
         }
         result
+    }
+
+    /// If a flush that was abandoned has `failed`: what it was to make durable counts as lost.
+    fn note_unheard_failure(&self, failed: bool) {
+        if failed {
+            log::error!("a flush has failed whose client was killed");
+            self.unflushed().lose(0);
+        }
     }
 
     /// `EIO`, once, if acknowledged writes were lost.
@@ -399,6 +411,8 @@ async fn flush(backend: &NbdBackend, commands: &Commands) -> io::Result<()> {
     commands.flush().await?;
     // Without it nothing is known to be durable, ever.
     if backend.agreed().has(transmission_flag::SEND_FLUSH) {
+        let abandoned = backend.connections.abandoned();
+        backend.note_unheard_failure(abandoned.has_failed_to_make_durable().await);
         backend.unflushed().flushed_to(mark);
     }
     Ok(())
@@ -439,8 +453,9 @@ impl Lane for NbdLane {
         self.check_range(offset, data.len() as u64)?;
         let _room = self.room_for(data.len()).await?;
         let losses = self.backend.unflushed().losses();
-        let _changing = self.backend.extents.changing(offset..offset + data.len() as u64);
+        // In this order: at the end holes are forgotten first, or one could be read ahead again.
         let _writing = self.backend.ahead.writing(offset..offset + data.len() as u64);
+        let _changing = self.backend.extents.changing(offset..offset + data.len() as u64);
         let fua = durable && self.blocks.commands().has_fua();
         self.blocks.write(offset, data, fua).await?;
         if durable && !fua {
@@ -464,11 +479,19 @@ impl Lane for NbdLane {
 
     async fn zero(&self, offset: u64, len: u64, how: Zero) -> io::Result<()> {
         self.check_range(offset, len)?;
-        let _changing = self.backend.extents.changing(offset..offset + len);
+        // As in `write`.
         let _writing = self.backend.ahead.writing(offset..offset + len);
-        let _room = self.room_for(0).await?;
-        self.blocks.zero(offset, len, how).await?;
-        self.make_room_in_time();
+        let _changing = self.backend.extents.changing(offset..offset + len);
+        let (mut at, end) = (offset, offset + len);
+        let step = self.blocks.commands().zero_step();
+        while at < end {
+            // Each step has room for the extents that it becomes.
+            let next = end.min((at / step + 1) * step);
+            let _room = self.room_for(0).await?;
+            self.blocks.zero(at, next - at, how).await?;
+            self.make_room_in_time();
+            at = next;
+        }
         Ok(())
     }
 

@@ -21,7 +21,7 @@ use smol::Timer;
 use super::super::LAST_FLUSH_LIMIT;
 use super::super::commands::{Commands, all};
 use super::super::connection::Connection;
-use super::super::unflushed::Change;
+use super::super::unflushed::{Again, Change};
 use super::super::wire::transmission_flag;
 use super::backoff::Backoff;
 use super::{Connections, Member, Shared};
@@ -29,8 +29,12 @@ use crate::backend::{Failure, Outage};
 
 /// So often a request is sent again without a pause.
 const FREE_ATTEMPTS: u32 = 3;
-/// How many of the writes that are made again are on their way at once.
+/// For so long a request is sent again at least, if others of several connections are lost too.
+const LOST_AGAIN: Duration = Duration::from_secs(10);
+/// How many of the writes that are made again are on their way at once, ...
 const AGAIN_AT_ONCE: usize = 64;
+/// ... and of how many bytes: the last one may be longer.
+const BYTES_AT_ONCE: u64 = 8 << 20;
 
 /// Why a server is not back.
 enum Absence {
@@ -171,7 +175,7 @@ impl Connections {
         let connection = self.connection(opened);
         let _bringing_back = self.bringing_back.lock().expect("no code panics while it is held");
         over(&self.shared())?;
-        let again = self.write_again(&connection).map_err(|e| not_yet(&e))?;
+        let again = self.write_again(&connection, None).map_err(|e| not_yet(&e))?;
         connection.stop_blocking().map_err(|e| not_yet(&e))?;
         let mut shared = self.shared();
         if !several {
@@ -199,27 +203,11 @@ impl Connections {
 
     /// Writes what was acknowledged and not durable again, and flushes it, over a connection that
     /// nobody uses yet. How many bytes. An error: another attempt may help.
-    fn write_again(&self, connection: &Arc<Connection>) -> io::Result<u64> {
+    fn write_again(&self, connection: &Arc<Connection>, until: Option<Instant>) -> io::Result<u64> {
         let Some(again) = self.unflushed.take() else { return Ok(0) };
-        let commands = Commands::over(connection.clone());
         let bytes = again.changes().map(|(_, change)| change.length()).sum();
         self.writing_again(bytes);
-        let work = async {
-            let mut changes = again.changes();
-            loop {
-                let some: Vec<_> = changes.by_ref().take(AGAIN_AT_ONCE).collect();
-                if some.is_empty() {
-                    return commands.flush().await;
-                }
-                let write = async |(offset, change)| match change {
-                    Change::Data(data) => commands.write(offset, data, false).await,
-                    Change::Zero(length, how) => commands.zero(offset, length, how).await,
-                    Change::Durable(_) => Ok(()),
-                };
-                all(some.into_iter().map(write)).await?;
-            }
-        };
-        let written = connection.run_blocking(work, Instant::now() + LAST_FLUSH_LIMIT);
+        let written = carry_out(&again, connection, until);
         self.writing_again(0);
         match written {
             Ok(()) => {
@@ -265,7 +253,8 @@ impl Connections {
                     }
                     None => {
                         let connection = self.connection(opened);
-                        let again = self.write_again(&connection).map(drop);
+                        let limit = Instant::now() + LAST_FLUSH_LIMIT;
+                        let again = self.write_again(&connection, Some(limit)).map(drop);
                         connection.disconnect();
                         again
                     }
@@ -300,7 +289,7 @@ impl Connections {
     /// until it is to be sent again.
     pub(super) async fn try_again(&self, first: Instant, times: u32) -> io::Result<()> {
         // What ends every connection that it goes by must not go on for ever.
-        if first.elapsed() > self.reconnect_timeout {
+        if first.elapsed() > self.reconnect_timeout.max(LOST_AGAIN) {
             let text = "the connections are lost again and again";
             return Err(io::Error::new(io::ErrorKind::NotConnected, text));
         }
@@ -308,6 +297,40 @@ impl Connections {
             Timer::after(Backoff::after(pauses).next_pause()).await;
         }
         Ok(())
+    }
+}
+
+/// Writes it and flushes it, over a connection that nobody uses yet.
+fn carry_out(
+    again: &Again,
+    connection: &Arc<Connection>,
+    until: Option<Instant>,
+) -> io::Result<()> {
+    let commands = Commands::over(connection.clone());
+    let write = async |(offset, change)| match change {
+        Change::Data(data) => commands.write(offset, data, false).await,
+        Change::Zero(length, how) => commands.zero(offset, length, how).await,
+        Change::Durable(_) => Ok(()),
+    };
+    // For each part of it, unless it is the end: there may be ever so much for a slow server.
+    let limit = || {
+        let limit = Instant::now() + LAST_FLUSH_LIMIT;
+        until.map_or(limit, |until| until.min(limit))
+    };
+    let mut changes = again.changes();
+    loop {
+        let (mut some, mut bytes) = (Vec::new(), 0);
+        while some.len() < AGAIN_AT_ONCE
+            && bytes < BYTES_AT_ONCE
+            && let Some((offset, change)) = changes.next()
+        {
+            bytes += change.length();
+            some.push((offset, change));
+        }
+        if some.is_empty() {
+            return connection.run_blocking(commands.flush(), limit());
+        }
+        connection.run_blocking(all(some.into_iter().map(write)), limit())?;
     }
 }
 

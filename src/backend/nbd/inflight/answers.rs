@@ -4,7 +4,7 @@
 use std::task::Waker;
 
 use super::state::Step;
-use super::{Buffer, Cookie, Extent, MAX_EXTENTS, SHUTTING_DOWN, Table, is_direct, weight};
+use super::{Buffer, Cause, Cookie, Extent, MAX_EXTENTS, SHUTTING_DOWN, Table, is_direct, weight};
 use crate::backend::nbd::wire::{self, Command, Violation};
 
 impl Table {
@@ -123,6 +123,9 @@ impl Table {
             } else if entry.command == Command::BlockStatus && entry.extents.is_empty() {
                 entry.fault("has no extents");
             }
+        }
+        if let (Some(abandoned), Some(Cause::Errno(_))) = (&entry.abandoned, &entry.failure) {
+            abandoned.failed();
         }
         wakers.extend(entry.waker.take());
         let (work, direct) = (weight(entry.command, entry.length), is_direct(entry));

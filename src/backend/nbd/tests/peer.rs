@@ -13,7 +13,7 @@ use super::super::connection::Connection;
 use super::super::dial::{Agreed, Opened};
 use super::super::handshake::BlockSizes;
 use super::super::stream::Stream;
-use super::super::wire::{Command, Headers, be_u16, be_u32, be_u64};
+use super::super::wire::{Command, Headers, be_u16, be_u32, be_u64, transmission_flag};
 use crate::io::Io;
 
 /// The id that the peer gave to `base:allocation`.
@@ -133,13 +133,29 @@ pub fn connection(
     headers: Headers,
     script: impl FnOnce(Peer) + Send + 'static,
 ) -> (Arc<Connection>, JoinHandle<()>) {
+    // Writable, with FLUSH, FUA, TRIM and WRITE_ZEROES.
+    connection_with(0x7d, headers, script)
+}
+
+/// As [`connection`], to a server that allows several.
+pub fn one_of_several(
+    script: impl FnOnce(Peer) + Send + 'static,
+) -> (Arc<Connection>, JoinHandle<()>) {
+    connection_with(0x7d | transmission_flag::CAN_MULTI_CONN, Headers::Structured, script)
+}
+
+/// As [`connection`], with these transmission flags.
+pub fn connection_with(
+    flags: u16,
+    headers: Headers,
+    script: impl FnOnce(Peer) + Send + 'static,
+) -> (Arc<Connection>, JoinHandle<()>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     let socket = Arc::new(Socket::from(ours));
     let agreed = Agreed {
         size: 1 << 30,
-        // Writable, with FLUSH, FUA, TRIM and WRITE_ZEROES; one connection only.
-        flags: 0x7d,
+        flags,
         block_sizes: BlockSizes { minimum: 1, preferred: 4096, maximum: 1 << 25 },
         headers,
         base_allocation: Some(CONTEXT),

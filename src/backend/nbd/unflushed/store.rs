@@ -16,6 +16,9 @@ pub const BYTES_OF_AN_EXTENT: usize = 512;
 /// A write cuts at most one extent in two, and may lie in both logs.
 const EXTENTS_OF_A_WRITE: usize = 3;
 
+/// The largest minimum block size of a server that is accepted, in bytes.
+const LARGEST_MINIMUM: usize = 64 << 10;
+
 /// What a log keeps of its memory between two users of the file, in bytes: small writes do not pay
 /// for it each time.
 const KEPT_BYTES: usize = 4 << 20;
@@ -81,7 +84,8 @@ impl Log {
 impl Store {
     /// For so many bytes, half of them in each log. `ENOMEM`, see [`Log::new`].
     pub fn new(bytes: usize) -> io::Result<Store> {
-        let half = bytes / 2;
+        // A write is parted where a log ends: never within a block of the server.
+        let half = bytes / 2 / LARGEST_MINIMUM * LARGEST_MINIMUM;
         Ok(Store {
             extents: BTreeMap::new(),
             bytes: 0,

@@ -156,3 +156,18 @@ fn where_nothing_is_kept_a_loss_is_told_once() {
     all.begin().acknowledged(0, Change::Durable(4));
     assert!(all.take().is_none() && !all.tell());
 }
+
+/// A server refuses what is no whole block.
+#[test]
+fn writes_are_parted_between_blocks_only() {
+    let all = Unflushed::new(LEAST + 1_000_001).unwrap();
+    let data = vec![7; 1 << 20];
+    for n in 0..4 {
+        write(&all, n << 20, &data);
+    }
+    let again = all.take().unwrap();
+    assert!(again.changes().count() > 4, "none was parted");
+    for (offset, change) in again.changes() {
+        assert_eq!((offset % (64 << 10), change.length() % (64 << 10)), (0, 0));
+    }
+}
