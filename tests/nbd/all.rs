@@ -203,8 +203,9 @@ pub fn server_that_comes_back_is_there_for_open_files(bench: &Bench) {
     let mut server = images.serve(&address);
     let mut starter = Starter::new(&bench.sandbox);
     let mut export = start(bench, &address, &[]);
-    let file = open(&export.file().join("vm0"), O_DIRECT);
-    file.write_all_at(&Aligned::of(&[7; 4096]), 0).unwrap();
+    // By another process: one that this starts meanwhile, for another test, would have the file until
+    // it executes, and its close would flush.
+    let holder = Holder::write(&export.file().join("vm0"), "written");
     server.kill();
     eventually("the loss", || report(export.file())["nbd"]["lost_connections"] != 0);
     assert_errno(File::open(export.file().join("vm1")), EIO);
@@ -213,9 +214,10 @@ pub fn server_that_comes_back_is_there_for_open_files(bench: &Bench) {
     fs::write(images.path("vm0"), [0; 4096]).unwrap();
     let words = images.words();
     let _server = starter.nbdkit(&address, &[&words[0], &words[1]]);
+    let file = File::options().write(true).open(export.file().join("vm0")).unwrap();
     file.sync_all().unwrap();
-    assert_eq!(images.bytes("vm0"), [7; 4096]);
-    drop(file);
+    assert_eq!(images.bytes("vm0")[..7], *b"written");
+    drop((file, holder));
     assert!(fs::read(export.file().join("vm1")).unwrap() == images.bytes("vm1"));
     export.stop(SIGTERM).assert(0, &["/vm0?"]);
 }
