@@ -17,7 +17,7 @@ pub mod table;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
@@ -31,7 +31,7 @@ use crate::sys;
 
 use calls::helper_unmount;
 pub use mountpoint::Mountpoint;
-use table::{Entry, MOUNTINFO, entries_above, entries_at, mountinfo_entry};
+use table::{Entry, MOUNTINFO, entries, entries_above, entries_at, mountinfo_entry};
 
 /// The file system type that `mount` and mountinfo show.
 pub const FS_TYPE: &str = "fuse.diskfuse";
@@ -139,8 +139,18 @@ impl Mount {
     pub fn force_unmount(&self) -> io::Result<()> {
         // Before the end of the connection, by which the mount would be known no longer.
         let uncovered = self.uncover(true);
+        let elsewhere = self.elsewhere();
         let aborted =
             self.abort.as_ref().is_some_and(|abort| rustix::io::write(abort, b"1").is_ok());
+        for path in elsewhere {
+            let unmounted = match self.by_helper {
+                true => helper_unmount(&path, true).map_err(io::Error::other),
+                false => umount(&path, UnmountFlags::DETACH),
+            };
+            if let Err(e) = unmounted {
+                log::warn!("{}: cannot be unmounted: {e}", path.display());
+            }
+        }
         if let Some(above) = uncovered? {
             return Err(io::Error::other(format!("{above} is mounted on top of it")));
         }
@@ -195,14 +205,28 @@ impl Mount {
         Err(io::Error::other("others go on mounting on top of it"))
     }
 
+    /// The device's number is ours as long as the connection lives; then another file system may get
+    /// it.
+    fn has_its_device(&self) -> bool {
+        self.device.as_ref().is_some_and(|device| !connection_ended(device))
+    }
+
+    /// Where else in this namespace others have put it, by `mount --move` or `--bind`.
+    pub fn elsewhere(&self) -> Vec<PathBuf> {
+        let Some(seen) = self.seen.as_ref().filter(|_| self.has_its_device()) else {
+            return Vec::new();
+        };
+        let here = self.mountpoint.place.path_now();
+        let all = entries(&fs::read(MOUNTINFO).unwrap_or_default());
+        let ours = all.into_iter().filter(|entry| entry.device == seen.device);
+        ours.map(|entry| entry.path).filter(|path| *path != here).collect()
+    }
+
     /// What is mounted on top of this mount, the topmost last.
     fn above(&self) -> Vec<Entry> {
         let place = &self.mountpoint.place;
         let (Some(then), Ok(now)) = (&self.seen, place.seen()) else { return Vec::new() };
-        // The device's number is ours as long as the connection lives; then another file system may
-        // get it.
-        let lives = self.device.as_ref().is_some_and(|device| !connection_ended(device));
-        if !lives || now.mount == then.mount {
+        if !self.has_its_device() || now.mount == then.mount {
             return Vec::new();
         }
         let mountinfo = fs::read(MOUNTINFO).unwrap_or_default();

@@ -15,7 +15,40 @@ pub fn trials() -> Vec<Trial> {
         let name = format!("{}/mounts_are_listed", transport.name());
         trial(name, needs_of(transport, &["fuse"]), move || mounts_are_listed(transport))
     };
-    Transport::ALL.map(each).into()
+    let moved = ["--bind", "--move"].map(|how| {
+        let name = format!("mounts/{}_is_served_where_it_is", how.trim_matches('-'));
+        trial(name, vec!["fuse", "root"], move || is_served_elsewhere(how))
+    });
+    Transport::ALL.map(each).into_iter().chain(moved).collect()
+}
+
+/// What others have moved or bound is served there, and unmounted there at the end.
+fn is_served_elsewhere(how: &str) {
+    let sandbox = Sandbox::new();
+    // A mount below one that is shared cannot be moved.
+    let folder = sandbox.join("private");
+    std::fs::create_dir(&folder).unwrap();
+    succeed(program("mount", ["-t", "tmpfs", "none"]).arg(&folder));
+    succeed(program("mount", ["--make-private"]).arg(&folder));
+    let (disk, other) = (folder.join("disk"), folder.join("other"));
+    std::fs::write(&other, "").unwrap();
+    let start = || Export::try_start("mem:64K", &disk, &[], |_| ());
+    let mut export = start().unwrap_or_else(|ended| panic!("{}", ended.log));
+    succeed(program("mount", [how]).args([&disk, &other]));
+    if how == "--bind" {
+        succeed(program("umount", [""; 0]).arg(&disk));
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(std::fs::read(&other).unwrap(), vec![0; 64 << 10]);
+    export.stop(libc::SIGTERM).assert(0, &["is at"]);
+    assert_eq!(std::fs::read(&other).unwrap(), b"");
+    // Its end is that of the last one of its mounts.
+    let mut export = start().unwrap_or_else(|ended| panic!("{}", ended.log));
+    succeed(program("mount", ["--bind"]).args([&disk, &other]));
+    succeed(program("umount", [""; 0]).arg(&disk));
+    succeed(program("umount", [""; 0]).arg(&other));
+    export.ended_within(Duration::from_secs(10)).assert(0, &[]);
+    succeed(program("umount", [""; 0]).arg(&folder));
 }
 
 fn export(sandbox: &Sandbox, name: &str, transport: Transport) -> Export {

@@ -5,7 +5,8 @@
 //!  Mounted       a signal, the command's end, a loss of the   a Stop begins: it unmounts, by force
 //!                source (--on-loss exit)                      when its time is up
 //!                a thread fails                               a Stop that is forced
-//!                others unmount it, a file is still open      Detached
+//!                others unmount it, a file is still open,     Detached
+//!                or they have moved or bound it
 //!                ... none is (other namespaces have a copy)   a Stop that is forced
 //!  Detached      as while mounted; or the last close          a Stop; one that is forced
 //!  either        the Stop is forced, or the connection ends   LastRequests
@@ -105,13 +106,19 @@ impl Control {
                         phase = Phase::LastRequests { until: Instant::now() + LAST_REQUESTS };
                     }
                 } else if !mounted.is_there() {
+                    let elsewhere = mounted.elsewhere();
                     if phase == Phase::Mounted {
                         phase = Phase::Detached;
-                        log::info!("{}: unmounted", mounted.path().display());
+                        let path = mounted.path().display();
+                        match elsewhere.first() {
+                            Some(other) => log::info!("{path}: is at {} now", other.display()),
+                            None => log::info!("{path}: unmounted"),
+                        }
                     }
-                    // Whoever has it open is served until the last close. Else only other mount
-                    // namespaces have it, by a copy that nobody asked for.
-                    if !export.is_open() {
+                    // Where others have moved or bound it, it is served as before, and whoever has
+                    // it open is until the last close. Else only other mount namespaces have it, by
+                    // a copy that nobody asked for.
+                    if elsewhere.is_empty() && !export.is_open() {
                         self.stop.get_or_insert_with(|| Stop::now(&self.closed)).force(mounted);
                     }
                 }
