@@ -89,6 +89,11 @@ fn understand(words: impl Iterator<Item = OsString>, as_helper: bool) -> Result<
 
 #[allow(unsafe_code)]
 fn serve(config: &Config) -> Result<u8, Failure> {
+    // Its own open files, what is mounted, and the program itself, as other processes of it.
+    if !Path::new("/proc/self/fd").exists() {
+        let why = "/proc is not there, which is needed (mount -t proc proc /proc)";
+        return Err(Failure::Serving(why.into()));
+    }
     if let Some(why) = pidfile_is_taken(config) {
         return Err(Failure::Serving(why));
     }

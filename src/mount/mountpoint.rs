@@ -88,7 +88,15 @@ impl Mountpoint {
         }
         // mount(2) follows links and umount2(2) is told not to, so both get the place without any.
         let place = fs::canonicalize(path).and_then(|path| Place::of(&path));
-        let place = place.map_err(|e| fail(&e.to_string()))?;
+        let place = place.map_err(|e| {
+            // Its absolute path is too long, say, so that it has no place that could go with it.
+            let removed = match (created.is_some(), shape) {
+                (false, _) => Ok(()),
+                (true, Shape::File) => fs::remove_file(path),
+                (true, Shape::Directory) => fs::remove_dir(path),
+            };
+            removed.err().map_or_else(|| fail(&e.to_string()), |r| fail(&format!("{e}; and {r}")))
+        })?;
         let mut mountpoint = Mountpoint { place, shape, created };
         match mountinfo_entry(mountpoint.place.path()).map_err(|e| fail(&e.to_string()))? {
             Some(entry) if entry.fs_type == FS_TYPE => {

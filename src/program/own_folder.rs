@@ -31,7 +31,11 @@ impl OwnFolder {
     /// Makes the folder, for a file of this name. An error says what to do about it.
     pub fn new(name: &Path) -> Result<OwnFolder, String> {
         let elsewhere = |e: io::Error| format!("{e} (set TMPDIR, or give a MOUNTPOINT)");
-        let folder = tempfile::Builder::new().prefix("diskfuse-").tempdir().map_err(elsewhere)?;
+        // An empty TMPDIR is none.
+        let parent = Some(std::env::temp_dir()).filter(|path| !path.as_os_str().is_empty());
+        let parent = parent.unwrap_or_else(|| "/tmp".into());
+        let folder = tempfile::Builder::new().prefix("diskfuse-").tempdir_in(parent);
+        let folder = folder.map_err(elsewhere)?;
         // As mountinfo has it.
         let mountpoint = folder.path().canonicalize().map_err(elsewhere)?.join(name);
         let mut command = Command::new("/proc/self/exe");

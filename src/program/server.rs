@@ -280,7 +280,7 @@ pub fn become_if_called() -> Option<ExitCode> {
     let program = words.next()?;
     let why = become_server(&parent, &program, words);
     // Shown under its name.
-    eprintln!("{}: cannot be started: {why}", program_name(&program.to_string_lossy()));
+    eprintln!("{}: cannot be started: {why}", program.to_string_lossy());
     Some(ExitCode::from(NOT_STARTED))
 }
 

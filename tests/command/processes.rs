@@ -24,6 +24,9 @@ pub fn trials() -> Vec<Trial> {
         trial("too_few_open_files_are_refused", too_few_open_files_are_refused),
         trial("rings_are_given_up_for_want_of_open_files", rings_are_given_up),
         trial("open_files_are_allowed_up_to_the_hard_limit", open_files_are_allowed),
+        root("proc_that_is_missing_is_named", proc_that_is_missing_is_named),
+        trial("empty_tmpdir_is_none", empty_tmpdir_is_none),
+        trial("mountpoint_whose_path_is_too_long_is_not_left", too_long_a_path_is_not_left),
         trial("too_little_memory_is_refused_before_it_is_served", too_little_memory_is_refused),
         as_user("too_few_processes_are_refused_before_it_is_served", too_few_processes_are_refused),
         root("privileges_that_are_not_needed_are_given_up", privileges_are_given_up),
@@ -113,6 +116,39 @@ fn open_files_are_allowed() {
     let mut export = export(&sandbox, "mem:1M", "ulimit -Sn 16");
     assert_eq!(fs::read(export.file()).unwrap(), vec![0; 1 << 20]);
     export.stop(libc::SIGTERM).assert(0, &[]);
+}
+
+fn proc_that_is_missing_is_named() {
+    let script = "mount -t tmpfs none /proc; exec \"$@\"";
+    for option in ["--run=true", "--daemonize"] {
+        let sandbox = Sandbox::new();
+        let mut command = program("unshare", ["--mount", "bash", "-c", script, "bash"]);
+        command.args([binary(), option, "mem:1M"]).arg(sandbox.join("disk"));
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("/proc is not there"), "{said}");
+        assert_eq!(sandbox.names(), [""; 0]);
+    }
+}
+
+fn empty_tmpdir_is_none() {
+    let sandbox = Sandbox::new();
+    let mut command = program(binary(), ["--run", "echo $DISKFUSE_FILE", "mem:1M"]);
+    let output = command.env("TMPDIR", "").current_dir(sandbox.path()).output().unwrap();
+    assert!(output.stdout.starts_with(b"/tmp/diskfuse-"), "{output:?}");
+}
+
+/// It can be made by a relative name, and not be mounted on.
+fn too_long_a_path_is_not_left() {
+    let sandbox = Sandbox::new();
+    let script = "name=$(printf d%.0s {1..250}); for i in {1..17}; do mkdir $name; cd $name; done
+        \"$@\"; echo $?; ls";
+    let mut command =
+        program("bash", ["-c", script, "bash", binary(), "--run=true", "mem:1M", "m"]);
+    let output = command.current_dir(sandbox.path()).output().unwrap();
+    assert_eq!(output.stdout, b"4\n", "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("name too long"), "{output:?}");
 }
 
 /// Has the program read all of the disk in `--run`, after `shell` has limited it. With so little,

@@ -67,8 +67,11 @@ impl Args {
             Some((name, value)) => (name, Some(value)),
             None => (option, None),
         };
-        let number = |value: &str| {
-            value.parse().map_err(|_| usage(format!("-o {option}: {value} is not a number")))
+        // The last number is nobody's: to system calls it says that there is none.
+        let number = |value: &str| match value.parse() {
+            Ok(u32::MAX) => Err(usage(format!("-o {option}: {value} is nobody's number"))),
+            Ok(number) => Ok(number),
+            Err(_) => Err(usage(format!("-o {option}: {value} is not a number"))),
         };
         match (name, value) {
             ("ro", None) => mount.read_only = Some(true),

@@ -86,7 +86,9 @@ fn unknown_mount_options_may_be_left_out() {
     assert!(matches!(sloppy, Ok(Command::Serve(config)) if config == self::config("-r a b")));
     assert!(parse_as(&words, false).is_err());
     // What is known, and wrong, is an error all the same.
-    assert!(parse_as(&["a", "b", "-o", "uid=x"].map(str::to_owned), true).is_err());
+    for bad in ["uid=x", "uid=-1", "uid=4294967295", "gid=4294967295"] {
+        assert!(parse_as(&["a", "b", "-o", bad].map(str::to_owned), true).is_err(), "{bad}");
+    }
 }
 
 #[test]
