@@ -16,6 +16,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{
@@ -88,6 +89,26 @@ pub struct FileBackend {
     is_memory: bool,
     capabilities: Capabilities,
     length: Length,
+    unheard: Unheard,
+}
+
+/// Whether nobody has heard of an error of a sync. The kernel tells it once, and the client that
+/// waits for that may be killed meanwhile: then it is told to the next.
+#[derive(Debug, Default)]
+struct Unheard(AtomicBool);
+
+impl Unheard {
+    /// Whoever still waits for the outcome passes it through [`Unheard::hear`].
+    fn note(&self, synced: io::Result<()>) -> io::Result<()> {
+        synced.inspect_err(|_| self.0.store(true, Ordering::SeqCst))
+    }
+
+    fn hear(&self, synced: io::Result<()>) -> io::Result<()> {
+        match (synced, self.0.swap(false, Ordering::SeqCst)) {
+            (Ok(()), true) => Err(io::Error::from_raw_os_error(libc::EIO)),
+            (synced, _) => synced,
+        }
+    }
 }
 
 /// The second descriptor, for direct I/O.
@@ -214,6 +235,7 @@ impl FileBackend {
                 waits_for: if direct.is_some() { WaitsFor::Disk } else { WaitsFor::Memory },
             },
             direct,
+            unheard: Unheard::default(),
             length: Length::new(size),
         })
     }
@@ -399,7 +421,7 @@ impl Backend for FileBackend {
         if !self.is_memory {
             locks::say_ending(&self.file, ENDING_LOCK);
         }
-        self.file.sync_all()
+        self.unheard.hear(self.file.sync_all())
     }
 }
 
@@ -422,5 +444,18 @@ mod tests {
         let backend = FileBackend::open(Path::new("/proc/self/status"), options).unwrap();
         assert!(backend.file.sync_all().is_err());
         backend.last_flush(Duration::ZERO).unwrap();
+    }
+
+    #[test]
+    fn an_error_that_nobody_has_heard_is_told_by_the_next_sync_once() {
+        let unheard = Unheard::default();
+        let failed = || Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        let errno = |synced: io::Result<()>| synced.err().and_then(|e| e.raw_os_error());
+        let heard = unheard.note(failed());
+        assert_eq!(errno(unheard.hear(heard)), Some(libc::ENOSPC));
+        assert_eq!(errno(unheard.hear(unheard.note(Ok(())))), None);
+        let _killed = unheard.note(failed());
+        assert_eq!(errno(unheard.hear(unheard.note(Ok(())))), Some(libc::EIO));
+        assert_eq!(errno(unheard.hear(unheard.note(Ok(())))), None);
     }
 }

@@ -217,8 +217,9 @@ impl Lane for FileLane {
         if self.backend.medium == Medium::Memory {
             return Ok(());
         }
-        let file = self.backend.file.clone();
-        self.io.blocking(move || file.sync_data()).await
+        let backend = self.backend.clone();
+        let sync = move || backend.unheard.note(backend.file.sync_data());
+        self.backend.unheard.hear(self.io.blocking(sync).await)
     }
 
     async fn zero(&self, offset: u64, len: u64, how: Zero) -> io::Result<()> {
